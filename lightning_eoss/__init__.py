@@ -1,0 +1,32 @@
+"""Live sharpness monitoring of neural-network training: where a run stands against the edge of stability, with error bars."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_eoss.callbacks.sharpness import SharpnessMonitor as SharpnessMonitor
+    from lightning_eoss.curvature.measure import Eigenvalue as Eigenvalue
+    from lightning_eoss.curvature.measure import SharpnessMeasurement as SharpnessMeasurement
+    from lightning_eoss.curvature.measure import measure_sharpness as measure_sharpness
+    from lightning_eoss.metrics import MiniBatchSharpness as MiniBatchSharpness
+    from lightning_eoss.theory.statistics import Estimate as Estimate
+
+# Imported on first use, so that the parts that know no Lightning do not import it.
+_HOME = {
+    "Eigenvalue": "curvature.measure",
+    "Estimate": "theory.statistics",
+    "MiniBatchSharpness": "metrics",
+    "SharpnessMeasurement": "curvature.measure",
+    "SharpnessMonitor": "callbacks.sharpness",
+    "measure_sharpness": "curvature.measure",
+}
+__all__ = ["Eigenvalue", "Estimate", "MiniBatchSharpness", "SharpnessMeasurement", "SharpnessMonitor", "measure_sharpness"]
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a public name in its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,247 @@
+"""The loss of a batch as a function of the parameters, evaluated again and again to the same bits; and where batches come from.
+
+A *batch* is a tuple of parts, each evaluated at once, with weights that sum up their losses. One notion serves all: the micro-batches of an
+accumulation window (weight 1/k each), the chunks of the full batch (weight n_c / N), and the pieces of a batch that is too large for memory.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import default_collate
+
+from lightning_eoss.curvature.isolation import Isolation, Restore
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a batch that goes through the network at once."""
+
+    weight: float  # of its loss in the batch's loss
+    size: int  # samples
+    indices: tuple[int, ...] = ()  # into the source
+    seed: int = 0  # of every random generator, before loading and before each forward pass
+    data: Any = None  # instead of indices: samples that are loaded already
+    generators: Restore | None = (
+        None  # instead of a seed: brings the generators into the state that training's own pass is about to see
+    )
+
+
+Batch = tuple[Part, ...]
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    num_samples: int
+
+    def take(self, indices: Sequence[int]) -> Any:
+        """The batch of these samples, on the module's device; all generators are seeded just before."""
+
+    def size(self, indices: Sequence[int]) -> int:
+        """How many samples that is (not `len(indices)` where the source is made of ready batches)."""
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Batches from a map-style data set, collated as a DataLoader would."""
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any] = default_collate
+    transfer: Callable[[Any], Any] = lambda batch: batch
+    population: Sequence[int] | None = None  # indices that may be drawn; None: all
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that may be drawn."""
+        return len(self.dataset if self.population is None else self.population)
+
+    def take(self, indices: Sequence[int]) -> Any:
+        """Loads, collates and transfers."""
+        chosen = list(indices) if self.population is None else [self.population[index] for index in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)  # as torch's own fetcher does
+        return self.transfer(self.collate(fetch(chosen) if fetch else [self.dataset[index] for index in chosen]))
+
+    def size(self, indices: Sequence[int]) -> int:
+        """One sample an index."""
+        return len(indices)
+
+
+@dataclass(frozen=True)
+class BatchListSource:
+    """Ready batches, each drawn as a whole: what is left where there is no data set to index."""
+
+    batches: Sequence[Any]
+    sizes: Sequence[int]
+    transfer: Callable[[Any], Any] = lambda batch: batch
+
+    @property
+    def num_samples(self) -> int:
+        """Batches that may be drawn."""
+        return len(self.batches)
+
+    def take(self, indices: Sequence[int]) -> Any:
+        """Transfers one batch."""
+        (index,) = indices
+        return self.transfer(copied(self.batches[index]))
+
+    def size(self, indices: Sequence[int]) -> int:
+        """Samples of the batches."""
+        return sum(self.sizes[index] for index in indices)
+
+
+def copied(batch: Any) -> Any:
+    """The batch with its tensors cloned and its containers built anew: a training step may change what it is given."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def num_bytes(batch: Any) -> int:
+    """Memory of a batch's tensors."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+@dataclass
+class Objective:
+    """The loss of a batch at the module's present parameters, the same bits each time that it is evaluated.
+
+    Before each loading and each forward pass everything that an earlier pass may have changed (buffers, counters, the data set's own
+    generators) is put back and all generators are seeded with the part's seed: every pass sees the same crops and dropout masks.
+    """
+
+    module: nn.Module
+    loss: Callable[[Any], Tensor]
+    source: Source
+    isolation: Isolation
+    cache_bytes: int = 2**30  # for transferred batches
+    parameters: list[nn.Parameter] = field(init=False)
+    _cache: dict[Part, Any] = field(init=False, default_factory=dict, repr=False)
+    _cached_bytes: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise ValueError(
+                f"{type(self.module).__name__} has no parameter with requires_grad=True, so its loss has no Hessian. "
+                "Unfreeze what is trained before measuring."
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the dimension of the Hessian."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def load(self, part: Part) -> Any:
+        """The part's samples on the device, kept for the next pass while they fit."""
+        if part.data is not None:
+            return copied(part.data)
+        key = replace(part, weight=1.0)
+        if key not in self._cache:
+            self.prepare(part)
+            batch = self.source.take(part.indices)
+            if self._cached_bytes + num_bytes(batch) > self.cache_bytes:
+                return batch
+            self._cache[key] = batch
+            self._cached_bytes += num_bytes(batch)
+        return copied(self._cache[key])
+
+    def evaluate(self, part: Part) -> Tensor:
+        """The loss of one part, with its graph.
+
+        Raises:
+            ValueError: If the loss is not a scalar tensor.
+        """
+        batch = self.load(part)
+        self.prepare(part)
+        loss = self.loss(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+            raise ValueError(
+                f"The loss of a batch must be a scalar tensor, got {what}: a sharpness is the curvature of one number. "
+                "Reduce it (mean over the samples) in training_step or loss_fn."
+            )
+        return loss.reshape(())
+
+    def prepare(self, part: Part) -> None:
+        """Puts back what an earlier pass changed and sets the generators."""
+        self.isolation.restore()
+        if part.generators is not None:
+            part.generators()
+        else:
+            self.isolation.reseed(part.seed)
+
+
+# ---- which samples -------------------------------------------------------------------------------------------------------------------
+
+
+def derived_seed(seed: int, *keys: int) -> int:
+    """A seed for each combination of keys, independent of all global state (numpy's SeedSequence).
+
+    Example:
+        >>> derived_seed(0, 1) != derived_seed(0, 2)
+        True
+    """
+    return int(np.random.SeedSequence([seed, *keys]).generate_state(1)[0])
+
+
+def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int) -> Iterator[Batch]:
+    """Batches of `parts` times `batch_size` samples, each uniform without replacement, independent of one another.
+
+    Args:
+        source: Where the samples come from.
+        batch_size: Samples of one part (a loader batch).
+        parts: Loader batches of one accumulation window, each with its own loss, weighted 1 / parts.
+        seed: Fixes the whole stream.
+
+    Yields:
+        Batch after batch, without end.
+    """
+    for number in range(2**31):
+        own = derived_seed(seed, number)
+        drawn = random.Random(own).sample(range(source.num_samples), batch_size * parts)
+        yield tuple(
+            Part(1 / parts, source.size(piece), tuple(piece), derived_seed(own, index))
+            for index, piece in enumerate(drawn[i * batch_size : (i + 1) * batch_size] for i in range(parts))
+        )
+
+
+def full_batch(source: Source, chunk_size: int, *, max_samples: int | None = None, seed: int = 0) -> Batch:
+    """All samples (or a fixed random subset) as consecutive chunks, each weighted by its share of the samples.
+
+    Args:
+        source: Where the samples come from.
+        chunk_size: Samples of one chunk; the last one may be smaller.
+        max_samples: Size of the subset, which depends on `seed` alone; None: all samples.
+        seed: Seed of the subset and of the chunks.
+
+    Returns:
+        The chunks.
+    """
+    chosen: Sequence[int] = range(source.num_samples)
+    if max_samples is not None and max_samples < len(chosen):
+        chosen = sorted(random.Random(derived_seed(seed, 0)).sample(chosen, max_samples))
+    pieces = [tuple(chosen[first : first + chunk_size]) for first in range(0, len(chosen), chunk_size)]
+    total = sum(source.size(piece) for piece in pieces)
+    return tuple(
+        Part(source.size(piece) / total, source.size(piece), piece, derived_seed(seed, 1, number))
+        for number, piece in enumerate(pieces)
+    )
+
+
+def split(batch: Batch, size: int) -> Batch:
+    """The batch in pieces of at most `size` samples; the same loss only where it is a mean over samples (see `preflight.reduction`)."""
+    pieces: list[Part] = []
+    for part in batch:
+        if part.size <= size or not part.indices:
+            pieces.append(part)
+            continue
+        for first in range(0, len(part.indices), size):
+            indices = part.indices[first : first + size]
+            pieces.append(
+                replace(part, weight=part.weight * len(indices) / part.size, size=len(indices), indices=indices)
+            )
+    return tuple(pieces)

@@ -1,0 +1,334 @@
+r"""Products with the Hessians of B batches at once, in coordinates scaled by the optimizer's limits.
+
+Row b of the operator is A_b = D^{-1/2} (H_b + W) D^{-1/2}: H_b the Hessian of the batch's loss, D the stability limits, W the coupled weight
+decay. D = 1 and W = 0 give the Hessian itself. The full batch is one more row, made of many parts.
+
+Products are reverse-over-reverse: the graph of the gradient is built once and differentiated once a product (1.3 to 1.5 gradients), either
+batch after batch on the module's own parameters, or for all batches in one stacked pass (`Stacked`). What torch cannot differentiate twice
+is served by central differences of gradients.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_eoss.curvature.objective import Batch, Objective, Part
+from lightning_eoss.linalg.lanczos import Matvec
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The coordinates of an operator."""
+
+    limits: Tensor | None = None  # (P,) the diagonal of D; None: 1
+    weight_decay: Tensor | None = None  # (P,) the diagonal of W; None: 0
+
+    @property
+    def factors(self) -> Tensor | None:
+        """(P,) the diagonal of D^{-1/2}; 0 where a limit is infinite (a learning rate of 0)."""
+        return None if self.limits is None else self.limits.rsqrt()
+
+
+class Operator(Protocol):
+    """Symmetric operators of B batches."""
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(B, P) -> (B, P)``, row by row."""
+
+    def restrict(self, rows: Sequence[int]) -> Matvec:
+        """The product for these rows alone."""
+
+    def gradients(self) -> Tensor:
+        """(B, P) gradients of the batches' losses in the operator's coordinates, D^{-1/2} g."""
+
+    def losses(self) -> Tensor:
+        """(B,) losses of the batches."""
+
+
+@dataclass
+class Graph:
+    """The gradient of one part, ready to be differentiated again."""
+
+    loss: Tensor  # scalar, detached
+    gradient: Tensor  # (P,) detached, in the Krylov dtype
+    outputs: list[Tensor]  # gradients that depend on the parameters
+    places: list[int]  # which parameters they belong to
+
+
+def krylov_dtype(objective: Objective) -> torch.dtype:
+    """The parameters' own precision, float32 at least."""
+    widest = torch.float32
+    for parameter in objective.parameters:
+        widest = torch.promote_types(widest, parameter.dtype)
+    return widest
+
+
+def flattened(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One vector of all pieces, zeros where a piece is missing."""
+    pieces = [
+        torch.zeros_like(parameter, dtype=dtype).reshape(-1)
+        if tensor is None
+        else (tensor.to_dense() if tensor.is_sparse else tensor).detach().reshape(-1).to(dtype)
+        for tensor, parameter in zip(tensors, parameters, strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of a (..., P) vector in the shapes and dtypes of the parameters."""
+    pieces = vector.split([parameter.numel() for parameter in parameters], dim=-1)
+    return [
+        piece.reshape(*vector.shape[:-1], *parameter.shape).to(parameter.dtype)
+        for piece, parameter in zip(pieces, parameters, strict=True)
+    ]
+
+
+def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
+    """Evaluates one part and its gradient."""
+    parameters, dtype = objective.parameters, krylov_dtype(objective)
+    loss = objective.evaluate(part)
+    if not loss.requires_grad:
+        return Graph(loss.detach(), flattened([None] * len(parameters), parameters, dtype), [], [])
+    gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+    places = [place for place, each in enumerate(gradients) if create_graph and each is not None and each.requires_grad]
+    return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)  # type: ignore[misc]
+
+
+def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep: bool) -> Tensor:
+    """(P,) Hessian of the graph's part times a (P,) vector. Parameters that the gradient does not depend on give zeros."""
+    parameters = objective.parameters
+    if not graph.outputs:
+        return torch.zeros_like(vector)
+    pieces = unflattened(vector, parameters)
+    products = torch.autograd.grad(
+        graph.outputs, parameters, [pieces[place] for place in graph.places], retain_graph=keep, allow_unused=True
+    )
+    return flattened(products, parameters, vector.dtype)
+
+
+def difference_product(objective: Objective, part: Part, vector: Tensor) -> Tensor:
+    r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`, for what autograd cannot do.
+
+    The parameters are moved in place and put back from a copy, to the bit.
+    """
+    norm = float(vector.norm())
+    if norm == 0:
+        return torch.zeros_like(vector)
+    parameters = objective.parameters
+    size = math.sqrt(sum(float(each.detach().square().sum()) for each in parameters))
+    epsilon = torch.finfo(vector.dtype).eps ** (1 / 3) * max(1.0, size) / norm
+    originals = [parameter.detach().clone() for parameter in parameters]
+    steps = unflattened(vector, parameters)
+
+    def gradient_at(sign: float) -> Tensor:
+        for parameter, original, step in zip(parameters, originals, steps, strict=True):
+            parameter.data.copy_(original + sign * epsilon * step)
+        return gradient_graph(objective, part, create_graph=False).gradient
+
+    try:
+        return (gradient_at(1.0) - gradient_at(-1.0)) / (2 * epsilon)
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data.copy_(original)
+
+
+@dataclass
+class Sequential:
+    """The operator of B batches, one part after another on the module's own parameters: whatever autograd can do, this can.
+
+    Graphs are kept as long as `graph_slots` allows, first come, first kept; the others are built anew for every product.
+    """
+
+    objective: Objective
+    batches: Sequence[Batch]
+    scaling: Scaling = Scaling()
+    graph_slots: int = 32
+    differences: bool = False
+    reduce: Reduce = lambda total: total
+    _graphs: dict[tuple[int, int], Graph] = field(default_factory=dict, repr=False)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(B, P) -> (B, P)``, row by row."""
+        return self._product(vectors, range(len(self.batches)))
+
+    def restrict(self, rows: Sequence[int]) -> Matvec:
+        """The product for these rows alone; the graphs of the others are freed."""
+        for key in [key for key in self._graphs if key[0] not in rows]:
+            del self._graphs[key]
+        return lambda vectors: self._product(vectors, rows)
+
+    def gradients(self) -> Tensor:
+        """(B, P) gradients in the operator's coordinates."""
+        gradients = torch.stack([self._sum(row, lambda graph: graph.gradient) for row in range(len(self.batches))])
+        factors = self.scaling.factors
+        return gradients if factors is None else gradients * factors
+
+    def losses(self) -> Tensor:
+        """(B,) losses."""
+        return torch.stack([self._sum(row, lambda graph: graph.loss) for row in range(len(self.batches))])
+
+    def _product(self, vectors: Tensor, rows: Sequence[int]) -> Tensor:
+        """Products of some rows."""
+        return scaled_product(
+            vectors,
+            self.scaling,
+            lambda plain: torch.stack([self._row(row, vector) for row, vector in zip(rows, plain, strict=True)]),
+        )
+
+    def _row(self, row: int, vector: Tensor) -> Tensor:
+        """Hessian of one batch times a vector."""
+        total = torch.zeros_like(vector)
+        for index, part in enumerate(self.batches[row]):
+            if self.differences:
+                product = difference_product(self.objective, part, vector)
+            else:
+                graph, kept = self._graph(row, index)
+                product = hessian_product(self.objective, graph, vector, keep=kept)
+            total.add_(product, alpha=part.weight)
+        return self.reduce(total)
+
+    def _sum(self, row: int, what: Callable[[Graph], Tensor]) -> Tensor:
+        """Weighted sum over the parts of one batch."""
+        parts = self.batches[row]
+        terms = [part.weight * what(self._graph(row, index)[0]) for index, part in enumerate(parts)]
+        return self.reduce(torch.stack(terms).sum(0))
+
+    def _graph(self, row: int, index: int) -> tuple[Graph, bool]:
+        """The graph of one part, and whether it is kept."""
+        key = (row, index)
+        if key in self._graphs:
+            return self._graphs[key], True
+        graph = gradient_graph(self.objective, self.batches[row][index], create_graph=not self.differences)
+        if len(self._graphs) < self.graph_slots:
+            self._graphs[key] = graph
+            return graph, True
+        return graph, False
+
+
+def scaled_product(vectors: Tensor, scaling: Scaling, hessian: Matvec) -> Tensor:
+    """D^{-1/2} (H + W) D^{-1/2} times the rows of `vectors`."""
+    factors, decay = scaling.factors, scaling.weight_decay
+    plain = vectors if factors is None else vectors * factors
+    product = hessian(plain)
+    if decay is not None:
+        product = product + decay * plain
+    return product if factors is None else product * factors
+
+
+@dataclass
+class Stacked:
+    """The operator of B batches of one shape in a single pass: parameters expanded to ``(B, ...)``, `vmap` over the batches.
+
+    Every product multiplies all rows of the stack; once half of them are done the rest is stacked anew. Which modules allow it is found out by
+    trying (`agrees_when_stacked`): random numbers, in-place buffers and data-dependent branches do not.
+    """
+
+    objective: Objective
+    batches: Sequence[Batch]  # of equally many parts, which have the same sizes
+    scaling: Scaling = Scaling()
+    reduce: Reduce = lambda total: total
+    _parameters: list[Tensor] = field(init=False, repr=False)
+    _gradients: list[Tensor] = field(init=False, repr=False)
+    _losses: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        loss_of = _LossOf(self.objective.module, self.objective.loss)
+        expanded = {
+            name: parameter.detach().expand(len(self.batches), *parameter.shape).requires_grad_()
+            for name, parameter in loss_of.named_parameters()
+            if parameter.requires_grad
+        }
+        losses = torch.vmap(
+            lambda parameters, batch: functional_call(loss_of, parameters, (batch,)), randomness="different"
+        )
+        terms = []
+        for parts in zip(*self.batches, strict=True):
+            batch = _stacked([self.objective.load(part) for part in parts])
+            self.objective.prepare(parts[0])
+            terms.append(parts[0].weight * losses(expanded, batch))
+        total = torch.stack(terms).sum(0)
+        self._losses = total.detach()
+        self._parameters = list(expanded.values())
+        self._gradients = list(torch.autograd.grad(total.sum(), self._parameters, create_graph=True))
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``(B, P) -> (B, P)``, row by row."""
+        return scaled_product(vectors, self.scaling, self._hessian)
+
+    def restrict(self, rows: Sequence[int]) -> Matvec:
+        """The product for these rows alone."""
+        if 2 * len(rows) <= len(self.batches):
+            chosen = [self.batches[row] for row in rows]
+            return Stacked(self.objective, chosen, self.scaling, self.reduce).matvec
+        index = torch.tensor(rows, device=self._losses.device)
+        full = len(self.batches)
+        return lambda some: self.matvec(some.new_zeros(full, some.shape[1]).index_copy(0, index, some))[index]
+
+    def gradients(self) -> Tensor:
+        """(B, P) gradients in the operator's coordinates."""
+        gradients = self.reduce(self._flattened(self._gradients, krylov_dtype(self.objective)))
+        factors = self.scaling.factors
+        return gradients if factors is None else gradients * factors
+
+    def losses(self) -> Tensor:
+        """(B,) losses."""
+        return self.reduce(self._losses)
+
+    def _hessian(self, vectors: Tensor) -> Tensor:
+        """Plain Hessian products of all rows."""
+        pieces = unflattened(vectors, self.objective.parameters)
+        products = torch.autograd.grad(self._gradients, self._parameters, pieces, retain_graph=True)
+        return self.reduce(self._flattened(products, vectors.dtype))
+
+    def _flattened(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(B, P) of pieces (B, ...)."""
+        return torch.cat([piece.detach().reshape(len(self.batches), -1).to(dtype) for piece in pieces], dim=1)
+
+
+def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: float = 1e-3) -> bool:
+    """Whether a stacked product exists for these batches and is the same as batch after batch."""
+    if len({tuple(part.size for part in batch) for batch in batches}) != 1:
+        return False
+    sequential = Sequential(objective, batches)
+    directions = sequential.gradients()
+    expected = sequential.matvec(directions)
+    try:
+        stacked = Stacked(objective, batches)
+        difference = (stacked.gradients() - directions).norm() / directions.norm() + (
+            stacked.matvec(directions) - expected
+        ).norm() / expected.norm()
+    except Exception:  # vmap refuses in many ways, from within user code; the sequential route needs none of it
+        return False
+    return bool(difference < tol)
+
+
+class _LossOf(nn.Module):
+    """A loss as a module, so that `functional_call` can put other parameters under it."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss as a scalar."""
+        return self.loss(batch).reshape(())
+
+
+def _stacked(batches: Sequence[Any]) -> Any:
+    """Batches of one structure as one, their tensors stacked along a new first dimension."""
+    leaves, specs = zip(*(tree_flatten(batch) for batch in batches), strict=True)
+    if any(spec != specs[0] for spec in specs):
+        raise ValueError("batches differ in structure")
+    columns = list(zip(*leaves, strict=True))
+    if not all(isinstance(leaf, Tensor) for column in columns for leaf in column):
+        raise ValueError("batches hold more than tensors")
+    return tree_unflatten([torch.stack(column) for column in columns], specs[0])
