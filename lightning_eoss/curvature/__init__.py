@@ -1,0 +1,1 @@
+"""A network, a loss and data in, measurements out; knows no Trainer."""

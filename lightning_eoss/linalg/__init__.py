@@ -1,0 +1,1 @@
+"""Tensors and products in, eigenpairs out; knows no network."""

@@ -1,0 +1,1 @@
+"""When to measure, what, and where it goes: one callback a file."""

@@ -1,0 +1,1 @@
+"""Tags, the TensorBoard page, figures and tables; sees results only."""

@@ -1,0 +1,1 @@
+"""How a running Trainer is observed without being disturbed."""

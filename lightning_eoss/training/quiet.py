@@ -1,0 +1,48 @@
+"""Running a LightningModule's own code while nobody listens: no logs, no prints, and nothing left behind."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+
+from lightning_eoss.curvature.isolation import Isolation, isolated
+
+_SPEAKERS = ("log", "log_dict", "print")
+
+
+@contextlib.contextmanager
+def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterator[Isolation]:
+    """`curvature.isolation.isolated` for a module in a Trainer.
+
+    On top of it, `self.log`, `self.log_dict` and `self.print` do nothing (of every module inside that has them), and
+    loggers swallow what they are told: neither values nor results nor synchronisation come from a measurement.
+
+    Args:
+        trainer: The Trainer that runs.
+        pl_module: The module that it trains.
+        objects: What else an evaluation may change, see `isolated`; the datamodule is added here.
+
+    Yields:
+        The isolation.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in pl_module.modules():
+            for name in _SPEAKERS:
+                if callable(getattr(type(module), name, None)):
+                    _shadow(stack, module, name)
+        loggers = trainer.loggers
+        stack.callback(setattr, trainer, "loggers", loggers)
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        yield stack.enter_context(isolated(pl_module, [*objects, getattr(trainer, "datamodule", None)]))
+
+
+def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:
+    """Hides a method behind an instance attribute that does nothing."""
+    attributes = module.__dict__
+    if name in attributes:
+        stack.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        stack.callback(attributes.pop, name, None)
+    attributes[name] = lambda *_args, **_kwargs: None
