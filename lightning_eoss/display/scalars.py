@@ -11,7 +11,7 @@ from lightning_eoss.theory.statistics import Estimate, scaled, shifted
 def scalars(
     measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits, *, in_limits: bool
 ) -> dict[str, float]:
-    """The flat floats of one measurement under their tags, NaN where something was not measured.
+    """The flat floats of one measurement under their tags; what was not measured is not there.
 
     Args:
         measurement: What was measured.
@@ -19,30 +19,57 @@ def scalars(
         in_limits: Whether it was measured in units of them.
 
     Returns:
-        Tag to value.
+        Tag to value, all finite.
     """
-    values: dict[str, float] = {
-        tags.BATCH_SIZE: measurement.batch_size if measurement.mini_batch.values else math.nan,
+    values = {
         tags.COST_SECONDS: measurement.seconds,
         tags.COST_HVPS: measurement.hvps,
         tags.COST_RESIDUAL: measurement.residual,
         tags.COST_AUDIT: measurement.audit,
     }
-    full = measurement.full_batch.value
+    if measurement.mini_batch.values:
+        values[tags.BATCH_SIZE] = measurement.batch_size
     if not in_limits:
-        values |= _with_interval(tags.MINI_BS, measurement.mini_batch)
-        values |= _with_interval(tags.DIRECTIONAL, measurement.directional)
-        values |= _with_interval(tags.GAP, measurement.gap)
-        values |= {tags.FULL_BS: full, tags.CURRENT_BATCH: measurement.current_batch.value}
-    if isinstance(limits, NoLimits):
-        return values
-    mini, directional, exact = measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)
-    if not in_limits:
-        mini, directional, exact = (in_units_of(each, limits) for each in (mini, directional, exact))
-        values[tags.THRESHOLD] = limits.threshold if limits.threshold is not None else math.nan
-    values |= _with_interval(tags.EDGE_RATIO, mini)
-    values |= {tags.EDGE_RATIO_FULL_BS: exact.mean, tags.EDGE_RATIO_DIRECTIONAL: directional.mean, tags.EDGE: 1.0}
+        values |= _sharpness(measurement, limits)
+    if isinstance(limits, StabilityLimits):
+        values |= _edge_ratios(measurement, limits, in_limits=in_limits)
+    return _finite(values)
+
+
+def _sharpness(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits) -> dict[str, float]:
+    """Sharpness in the units of the Hessian, with the threshold where anything stands beside it."""
+    values = _finite(
+        {
+            **_with_interval(tags.MINI_BS, measurement.mini_batch),
+            **_with_interval(tags.DIRECTIONAL, measurement.directional),
+            **_with_interval(tags.GAP, measurement.gap),
+            tags.FULL_BS: measurement.full_batch.value,
+            tags.CURRENT_BATCH: measurement.current_batch.value,
+        }
+    )
+    if values and isinstance(limits, StabilityLimits) and limits.threshold is not None:
+        values[tags.THRESHOLD] = limits.threshold
     return values
+
+
+def _edge_ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, in_limits: bool) -> dict[str, float]:
+    """Sharpness in units of the limits, with the constant 1 where anything stands beside it."""
+    full = measurement.full_batch.value
+    ratios = [measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)]
+    mini, directional, exact = ratios if in_limits else [in_units_of(each, limits) for each in ratios]
+    values = _finite(
+        {
+            **_with_interval(tags.EDGE_RATIO, mini),
+            tags.EDGE_RATIO_FULL_BS: exact.mean,
+            tags.EDGE_RATIO_DIRECTIONAL: directional.mean,
+        }
+    )
+    return {**values, tags.EDGE: 1.0} if values else {}
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    """What can be drawn."""
+    return {tag: float(value) for tag, value in values.items() if math.isfinite(value)}
 
 
 def in_units_of(estimate: Estimate, limits: StabilityLimits) -> Estimate:
@@ -62,6 +89,8 @@ def in_units_of(estimate: Estimate, limits: StabilityLimits) -> Estimate:
 
 def _with_interval(tag: str, estimate: Estimate) -> dict[str, float]:
     """An estimate under its three tags; the bounds of a margin chart are there both or not at all."""
+    if not math.isfinite(estimate.upper - estimate.lower):
+        return {tag: estimate.mean}
     lower, upper = tags.interval(tag)
     return {tag: estimate.mean, lower: estimate.lower, upper: estimate.upper}
 

@@ -1,0 +1,98 @@
+"""The command line: `lightning-eoss demo` shows the edge of stability, `lightning-eoss report` draws any run."""
+
+import argparse
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_eoss.display.figures import sharpness_figure
+from lightning_eoss.display.summary import read_curves, summary_table, verdict
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        SystemExit: With code 1 and a message where an extra is not installed or there is nothing to report, with code 2
+            where the arguments are wrong.
+
+    Example:
+        >>> main(["report", "no/such/directory"])
+        Traceback (most recent call last):
+        SystemExit: no run below no/such/directory has logged a sharpness
+    """
+    parser = argparse.ArgumentParser(prog="lightning-eoss", description="Live sharpness at the edge of stability.")
+    commands = parser.add_subparsers(required=True, metavar="{demo,report}")
+
+    demo = commands.add_parser("demo", help="train a small network on digits, up to the edge of stability")
+    demo.add_argument("--max-steps", type=int, default=4000, help="steps to train (%(default)s)")
+    demo.add_argument("--batch-size", type=int, default=16, help="up to 1024, which is all the data (%(default)s)")
+    demo.add_argument("--learning-rate", type=float, default=1.0, help="the threshold is 2/lr (%(default)s)")
+    demo.add_argument("--every-n-train-steps", type=int, default=100, help="steps between measurements (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path(), help="directory for lightning_logs and sharpness.png (%(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="tabulate and draw a run from its TensorBoard files")
+    report.add_argument("logdir", type=Path, help="directory of event files, searched recursively")
+    report.add_argument("--run", dest="name", help="which run below it; by default the one written to last")
+    report.add_argument("--out", type=Path, default=Path("sharpness.png"), help="picture to write (%(default)s)")
+    report.set_defaults(run=_report)
+
+    options = vars(parser.parse_args(argv))
+    options.pop("run")(**options)
+    return 0
+
+
+def _demo(out: Path, **options: Any) -> None:
+    """Trains, reports, and says how to look at it in TensorBoard."""
+    _require("sklearn", "matplotlib", extra="examples")  # before the training, not after it
+    from lightning_eoss.demo import train
+
+    run = train(out, **options)
+    print()
+    _report(run, None, out / "sharpness.png")
+    # An environment that was never activated, as that of `make demo`, is not on the PATH.
+    program = "tensorboard" if shutil.which("tensorboard") else str(Path(sys.executable).with_name("tensorboard"))
+    print(f"TensorBoard: {shlex.join([program, '--logdir', str(run.parent)])}")
+    print("             and there the *Custom Scalars* tab: http://localhost:6006/#custom_scalars")
+
+
+def _report(logdir: Path, name: str | None, out: Path) -> None:
+    """Prints the table and the verdict of one run, and draws it."""
+    runs = read_curves(logdir)
+    if not runs:
+        raise SystemExit(f"no run below {logdir} has logged a sharpness")
+    *_, latest = runs
+    name = name or latest
+    if name not in runs:
+        raise SystemExit(f"--run {name}: not among the runs below {logdir}: {', '.join(runs)}")
+    if len(runs) > 1:
+        print(f"run {name}, one of {len(runs)} (--run picks another: {', '.join(runs)})\n")
+    print(summary_table(runs[name]))
+    print(f"\n{verdict(runs[name])}\n")
+    _require("matplotlib", extra="plot")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sharpness_figure(runs[name]).savefig(out)
+    print(f"Picture:     {out}")
+
+
+def _require(*modules: str, extra: str) -> None:
+    """Ends with the line that installs an extra where a module of it is missing."""
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError:
+            raise SystemExit(f'{module} is not installed: pip install "lightning_eoss[{extra}]"') from None

@@ -1,0 +1,221 @@
+"""The tags of a measurement, and the one TensorBoard page on which they are read.
+
+Every tag of the package is named here and nowhere else. The page is a *Custom Scalars* layout, the only kind that a
+training run can write by itself. What TensorBoard 2.21 makes of one decides its form:
+
+* of several layouts in one run only the last is shown: one layout, written by one owner;
+* layouts of several runs merge by title: titles are constant, no learning rate or step in them;
+* in a category, multi-line charts come first and margin charts follow in reverse: no category has two margin charts;
+* multi-line charts smooth by default, margin charts never do: what is compared with a limit is on a margin chart, where
+  a series without an interval is its own lower and upper end;
+* a margin series needs its three tags at identical steps, but series may differ: FullBS may be measured more rarely.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+MINI_BS = "sharpness/MiniBS"
+FULL_BS = "sharpness/FullBS"
+CURRENT_BATCH = "sharpness/current_batch"
+DIRECTIONAL = "sharpness/directional"
+GAP = "sharpness/gap"
+BATCH_SIZE = "sharpness/batch_size"
+THRESHOLD = "sharpness/threshold"
+EDGE_RATIO = "sharpness/edge_ratio"
+EDGE_RATIO_FULL_BS = "sharpness/edge_ratio_FullBS"
+EDGE_RATIO_DIRECTIONAL = "sharpness/edge_ratio_directional"
+EDGE = "sharpness/edge"
+PHASE = "sharpness/phase"
+COST_SHARE = "cost/share"
+COST_SECONDS = "cost/seconds"
+COST_HVPS = "cost/hvps"
+COST_RESIDUAL = "cost/residual"
+COST_AUDIT = "cost/audit"
+
+#: Estimates, logged together with the two ends of their interval.
+WITH_INTERVAL = (MINI_BS, DIRECTIONAL, GAP, EDGE_RATIO)
+
+LAMBDA_MAX = "sharpness/lambda_max"  # a histogram
+GUIDE = "sharpness/guide"  # a text card
+
+#: What each scalar is, in one line.
+DESCRIPTIONS: dict[str, str] = {
+    MINI_BS: "mini-batch sharpness: mean largest Hessian eigenvalue over random batches of training's size",
+    FULL_BS: "full-batch sharpness: largest Hessian eigenvalue of the training set's loss",
+    CURRENT_BATCH: "sharpness of the batch about to be stepped on",
+    DIRECTIONAL: "directional sharpness: mean curvature along each batch's own gradient, E[g'Hg / g'g]",
+    GAP: "MiniBS - FullBS",
+    BATCH_SIZE: "the b of MiniBS(b)",
+    THRESHOLD: "the largest stable sharpness, where one number says it: 2/lr for plain SGD",
+    EDGE_RATIO: "MiniBS in units of the optimizer's stability limits; 1 is the edge",
+    EDGE_RATIO_FULL_BS: "FullBS in the same units",
+    EDGE_RATIO_DIRECTIONAL: "directional sharpness in the same units; the phase is judged on it",
+    EDGE: "the constant 1",
+    PHASE: "0 sharpening, 1 at the edge, 2 beyond it, 3 catapult; over the last five measurements",
+    COST_SHARE: "share of wall time spent on measuring",
+    COST_SECONDS: "seconds of one measurement",
+    COST_HVPS: "Hessian-vector products of one measurement, counted in batches of training's size",
+    COST_RESIDUAL: "relative residual of the eigenvalues, the largest",
+    COST_AUDIT: "what solving again from a random start added, relative",
+}
+
+
+def interval(tag: str) -> tuple[str, str]:
+    """Names the two ends of an estimate's 95 % interval.
+
+    Args:
+        tag: The tag of an estimate, one of `WITH_INTERVAL`.
+
+    Returns:
+        The tags of the lower and of the upper end.
+
+    Example:
+        >>> interval(GAP)
+        ('sharpness/gap_lower', 'sharpness/gap_upper')
+    """
+    return f"{tag}_lower", f"{tag}_upper"
+
+
+class _Chart(NamedTuple):
+    """A chart of the page: a multi-line chart if smoothed, else a margin chart."""
+
+    title: str
+    reading: str  # how to read it, in one line
+    tags: tuple[str, ...]
+    smoothed: bool = False
+
+
+_CATEGORIES: dict[str, tuple[_Chart, ...]] = {
+    "Am I at the edge?": (
+        _Chart(
+            "Edge ratio: the line at 1 is the edge",
+            "below 1 the network is free to sharpen, at 1 the learning rate holds it back; the directional ratio "
+            "settles at 1, with MiniBS above it and FullBS below",
+            (EDGE_RATIO, EDGE_RATIO_DIRECTIONAL, EDGE_RATIO_FULL_BS, EDGE),
+        ),
+    ),
+    "Sharpness": (
+        _Chart(
+            "Sharpness and its threshold",
+            "the same in the units of the Hessian, with the limit that the learning rate sets",
+            (MINI_BS, DIRECTIONAL, FULL_BS, THRESHOLD),
+        ),
+    ),
+    "Batch noise": (
+        _Chart(
+            "Sharpness of the current batch",
+            "the very batches stepped on, one value each; they scatter around MiniBS",
+            (CURRENT_BATCH, THRESHOLD),
+            smoothed=True,
+        ),
+        _Chart("Gap: MiniBS - FullBS", "the sharpness that batch noise adds", (GAP,)),
+    ),
+    "Cost": (
+        _Chart("Share of wall time", "what watching costs, since training began", (COST_SHARE,), smoothed=True),
+        _Chart("Seconds per measurement", "the same, one measurement at a time", (COST_SECONDS,), smoothed=True),
+        _Chart("Products per measurement", "the same, whatever the machine", (COST_HVPS,), smoothed=True),
+        _Chart(
+            "Error of the solver",
+            "relative, to be compared with `rel_error`",
+            (COST_RESIDUAL, COST_AUDIT),
+            smoothed=True,
+        ),
+    ),
+}
+_CLOSED = {"Cost"}
+
+
+def layout() -> layout_pb2.Layout:
+    """Builds the page: its categories, charts and tags.
+
+    Returns:
+        The layout, the same for every run.
+
+    Example:
+        >>> [category.title for category in layout().category]
+        ['Am I at the edge?', 'Sharpness', 'Batch noise', 'Cost']
+    """
+    return layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(title=title, chart=[_message(chart) for chart in charts], closed=title in _CLOSED)
+            for title, charts in _CATEGORIES.items()
+        ]
+    )
+
+
+def _message(chart: _Chart) -> layout_pb2.Chart:
+    """The chart as TensorBoard's message."""
+    if chart.smoothed:  # here, and only here, tags are regular expressions, matched as prefixes
+        lines = layout_pb2.MultilineChartContent(tag=[f"{re.escape(tag)}$" for tag in chart.tags])
+        return layout_pb2.Chart(title=chart.title, multiline=lines)
+    ends = (interval(tag) if tag in WITH_INTERVAL else (tag, tag) for tag in chart.tags)
+    series = [
+        layout_pb2.MarginChartContent.Series(value=tag, lower=lower, upper=upper)
+        for tag, (lower, upper) in zip(chart.tags, ends, strict=True)
+    ]
+    return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=series))
+
+
+def write_layout(experiment: Any) -> None:
+    """Writes the page into a run; once a run is enough.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it is TensorBoard's `SummaryWriter`.
+
+    Example:
+        >>> write_layout(object())  # not TensorBoard: nothing happens
+    """
+    # `SummaryWriter.add_custom_scalars` is public, but allows one margin series a chart.
+    writer = getattr(experiment, "_get_file_writer", lambda: None)()
+    if writer is None:  # also where Lightning hands out a dummy, on all processes but the first
+        return
+    text = TensorProto(dtype="DT_STRING", string_val=[layout().SerializeToString()], tensor_shape=TensorShapeProto())
+    plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
+    writer.add_summary(Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=text, metadata=plugin)]))
+
+
+def write_guide(experiment: Any, notes: Sequence[str]) -> None:
+    """Writes the text card: how to read each chart, what holds for this run, and what each tag is.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_text`.
+        notes: Facts of the run, one line each, such as "FullBS: fixed random subset of 8,192 of 50,000 samples".
+
+    Example:
+        >>> write_guide(object(), ["batch size 16"])  # not TensorBoard: nothing happens
+    """
+    charts = [chart for charts in _CATEGORIES.values() for chart in charts]
+    lines = [
+        "**This run**\n" if notes else "",
+        *(f"- {note}" for note in notes),
+        "\n**The charts of the *Custom Scalars* page**\n",
+        *(f"- *{chart.title}*: {chart.reading}." for chart in charts),
+        "\n**The tags**\n",
+        *(f"- `{tag}`: {description}." for tag, description in DESCRIPTIONS.items()),
+    ]
+    _call(experiment, "add_text", GUIDE, "\n".join(lines), 0)
+
+
+def write_histogram(experiment: Any, values: Any, step: int) -> None:
+    """Writes the largest eigenvalues of the sampled mini-batches as a histogram.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_histogram`.
+        values: The largest eigenvalue of each batch, shape `(K,)`, a tensor or an array.
+        step: Position on the x-axis, the one of the scalars.
+
+    Example:
+        >>> write_histogram(object(), [5.1, 5.8], step=0)  # not TensorBoard: nothing happens
+    """
+    _call(experiment, "add_histogram", LAMBDA_MAX, values, step)
+
+
+def _call(experiment: Any, method: str, *args: Any) -> None:
+    """Calls the method where there is one."""
+    getattr(experiment, method, lambda *_: None)(*args)
