@@ -1,4 +1,4 @@
-"""Live sharpness monitoring of neural-network training: where a run stands against the edge of stability, with error bars."""
+"""Live sharpness monitoring: where a training run stands against the edge of stability, with error bars."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,14 @@ _HOME = {
     "SharpnessMonitor": "callbacks.sharpness",
     "measure_sharpness": "curvature.measure",
 }
-__all__ = ["Eigenvalue", "Estimate", "MiniBatchSharpness", "SharpnessMeasurement", "SharpnessMonitor", "measure_sharpness"]
+__all__ = [
+    "Eigenvalue",
+    "Estimate",
+    "MiniBatchSharpness",
+    "SharpnessMeasurement",
+    "SharpnessMonitor",
+    "measure_sharpness",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,5 @@
 """`SharpnessMonitor`: when to measure the sharpness of a running training, and where to show it."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -11,11 +10,18 @@ import torch
 from lightning.pytorch import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_eoss.curvature.isolation import noted_generators
 from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure
-from lightning_eoss.curvature.objective import Batch, Objective, Part, copied, derived_seed, num_samples_of
+from lightning_eoss.curvature.objective import (
+    Batch,
+    BatchListSource,
+    Objective,
+    Part,
+    copied,
+    derived_seed,
+    num_samples_of,
+)
 from lightning_eoss.curvature.operators import krylov_dtype
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, WarmStart
@@ -24,7 +30,7 @@ from lightning_eoss.display.scalars import phase_point, scalars
 from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
-from lightning_eoss.training.plan import affordable
+from lightning_eoss.training.plan import affordable, described
 from lightning_eoss.training.probe import (
     TrainingData,
     applied_limits,
@@ -32,20 +38,19 @@ from lightning_eoss.training.probe import (
     effective_parts,
     logging_step,
     refuse,
+    refuse_frozen,
     sampler_batches,
     scaling_of,
+    sees_batches,
     steps_now,
     training_data,
     training_loss,
 )
 from lightning_eoss.training.quiet import quiet
-from lightning_eoss.training.schedule import Ledger, charged, due_by_share, due_by_step
+from lightning_eoss.training.schedule import Ledger, charged, check_schedule, due_by_share, due_by_step
 
-QUANTITIES = (
-    "current",
-    "mini",
-    "full",
-)  # from cheap to dear; directional sharpness comes with "mini", from the same graphs
+# From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
+QUANTITIES = ("current", "mini", "full")
 SMALL_MODEL = 10_000_000  # parameters up to which warm starts go into checkpoints
 HISTORY = 10_000  # entries, above which the older half is thinned
 EAGER_SECONDS = 5.0  # a first measurement cheaper than this does not wait
@@ -54,19 +59,18 @@ EAGER_SECONDS = 5.0  # a first measurement cheaper than this does not wait
 class SharpnessMonitor(Callback):
     r"""Shows, while a model trains, where it stands against the edge of stability, with error bars.
 
-    Not one bit of training is changed. Measures in `on_train_batch_start`, at the weights and the learning rate of the step that comes: MiniBS with its 95
-    % interval, directional sharpness, FullBS, the sharpness of the batch at hand, their threshold and edge ratios, and
-    what all that costs. Goes to every logger of the Trainer as flat scalars, to TensorBoard also as a dashboard
-    (*Custom Scalars*).
+    Not one bit of training is changed. Measures in `on_train_batch_start`, at the weights and the learning rate of the
+    step that comes: MiniBS with its 95 % interval, directional sharpness, FullBS, the sharpness of the batch at hand,
+    their threshold and edge ratios, and what all that costs. Goes to every logger of the Trainer as flat scalars, to
+    TensorBoard also as a dashboard (*Custom Scalars*).
 
     Cost: `overhead` of the wall time, or with `every_n_train_steps` some 150 products of a batch plus 3 passes over the
-        data each time (20 passes the first time), a product being about 1.4 gradients.
+    data each time (20 passes the first time), a product being about 1.4 gradients.
 
     Args:
         every_n_train_steps: Measure everything before every n-th optimizer step.
         overhead: Measure as often as this share of the wall time allows; cheap quantities come more often than dear
-            ones. At most one of
-            the two; neither means 0.05.
+            ones. At most one of the two; neither means 0.05.
         max_seconds: Upper limit of one measurement: a plan that would take longer is cut, once and said.
         rel_error: Mini-batches are drawn until the interval of MiniBS is within this, relative.
         num_batches: Upper limit of mini-batches.
@@ -85,7 +89,7 @@ class SharpnessMonitor(Callback):
 
     Example:
         >>> SharpnessMonitor(every_n_train_steps=100).state_key
-        "SharpnessMonitor{'batch_size': None, 'every_n_train_steps': 100, 'overhead': None}"
+        "SharpnessMonitor{'every_n_train_steps': 100, 'overhead': None, 'batch_size': None}"
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*.
     """
@@ -106,7 +110,7 @@ class SharpnessMonitor(Callback):
         save_warm_start: bool | None = None,
     ) -> None:
         check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples)
-        _check_schedule(every_n_train_steps, overhead, max_seconds)
+        check_schedule(every_n_train_steps, overhead, max_seconds)
         if precision not in ("parameters", "as_trained"):
             raise ValueError(f"precision={precision!r} is unknown: use 'parameters' (autocast off) or 'as_trained'.")
         if batch_size is not None and batch_size < 1:
@@ -130,230 +134,225 @@ class SharpnessMonitor(Callback):
         self._warm = WarmStart()
         self._points: deque[Estimate] = deque(maxlen=5)  # directional edge ratios, for the phase
         self._ledgers = {quantity: Ledger() for quantity in QUANTITIES}
-        self._spent = 0.0  # seconds in hooks since fit began
-        self._plan: Plan | None = None
         self._findings: Findings | None = None
+        # What follows is of one fit.
+        self._plan: Plan | None = None
         self._data: TrainingData | None = None
-        self._window: list[Part] = []
         self._began = time.perf_counter()
+        self._spent = 0.0  # seconds in hooks since fit began
+        self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
+        self._window: list[Part] = []  # its loader batches
+        self._window_begins = True
+        self._fresh = True  # nothing has been tried yet
+        self._last_step = -1  # that was tried; manual optimisation may skip steps
         self._notes: list[str] = []
-        self._drawn = False  # whether this run has its dashboard
+        self._drawn = False  # whether loggers have the dashboard
         self._said: set[str] = set()
 
-    # ---- hooks: when
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- when --------------------------------------------------------------------------------------------------------
 
-    @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuses what cannot be monitored."""
-        if stage == "fit":
-            refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
+        """Refuses what cannot be monitored, and forgets what an earlier fit was like; a checkpoint is loaded later."""
+        if stage != "fit":
+            return
+        refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
+        self._findings = self._plan = self._data = None
+        self._drawn = False
 
-    @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
-        self._began, self._spent, self._data, self._drawn = time.perf_counter(), 0.0, None, False
-        self._ledgers = {quantity: replace(ledger, spent=0.0) for quantity, ledger in self._ledgers.items()}
+        refuse_frozen(pl_module, type(self).__name__)
+        self._began, self._spent = time.perf_counter(), 0.0
+        self._window, self._window_begins, self._fresh, self._last_step = [], True, True, -1
 
-    @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
-        arrived = _now(pl_module)
-        parts = effective_parts(trainer)
-        if (
-            parts > 1
-        ):  # the micro-batches of a window are measured together, each with the random numbers of its own pass
-            self._window.append(
-                Part(1 / parts, num_samples_of(batch), data=copied(batch), generators=noted_generators())
-            )
-        if not steps_now(trainer):
-            return
-        window = tuple(self._window) or (Part(1.0, num_samples_of(batch), data=batch, generators=noted_generators()),)
-        self._window = []
-        due = self._due(trainer.global_step)
-        first = self._plan is None
-        if not due and not first:
-            return
+        arrived = time.perf_counter()
+        if self._window_begins:
+            self._due = self._due_now(trainer)
+        self._window_begins = steps_now(trainer)
         try:
-            self._visit(trainer, pl_module, window, batch_idx, due, arrived)
-        except Exception as error:
-            if first:  # nothing is lost yet, and what is wrong now will stay wrong
-                raise
-            self._say(
-                f"step {trainer.global_step}: a measurement failed and is left out, training goes on. "
-                f"{type(error).__name__}: {error}"
-            )
+            if self._due:
+                arrived = _now(pl_module)  # what the device is still doing is training's
+                self._collect(batch, effective_parts(trainer))
+                if self._window_begins:
+                    self._measure(trainer, pl_module, batch_idx, arrived)
         finally:
-            self._spent += _now(pl_module) - arrived
+            self._spent += (_now(pl_module) if self._due else time.perf_counter()) - arrived
 
-    def _due(self, step: int) -> set[str]:
+    def _collect(self, batch: Any, parts: int) -> None:
+        """Keeps a micro-batch: a window is measured at once, each part with the random numbers of its own pass."""
+        data = batch if parts == 1 else copied(batch)
+        self._window.append(Part(1 / parts, num_samples_of(batch), data=data, generators=noted_generators()))
+
+    def _due_now(self, trainer: Any) -> frozenset[str]:
         """The quantities whose time has come."""
         if self.every_n_train_steps is not None:
-            return set(QUANTITIES) if due_by_step(step, self.every_n_train_steps) else set()
+            step = trainer.global_step
+            due = due_by_step(step, self.every_n_train_steps) and step != self._last_step
+            return frozenset(self._ledgers if due else ())
         assert self.overhead is not None
-        elapsed, share = time.perf_counter() - self._began, self.overhead / len(QUANTITIES)
-        eager = EAGER_SECONDS if sum(ledger.cost for ledger in self._ledgers.values()) < EAGER_SECONDS else 0.0
-        return {
-            quantity
-            for quantity, ledger in self._ledgers.items()
-            if due_by_share(ledger, elapsed, share, free_first=eager)
-        }
+        elapsed, eager = time.perf_counter() - self._began, EAGER_SECONDS if self._fresh else 0.0
+        return due_by_share(self._ledgers, self._spent, elapsed, self.overhead, eager=eager)
 
-    # ---- one measurement: what
-    # -------------------------------------------------------------------------------------------------------
+    # ---- what --------------------------------------------------------------------------------------------------------
 
-    def _visit(
-        self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int, due: set[str], arrived: float
-    ) -> None:
-        """Looks at the module as it is, and logs what was seen."""
-        name, step = type(self).__name__, trainer.global_step
+    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
+        """Measures and shows it. A defect of the first measurement ends training, later ones do not."""
+        window, self._window = tuple(self._window), []
+        first = self._plan is None
+        try:
+            seen = self._look(trainer, pl_module, window, batch_idx)
+        except Exception as error:
+            if first:  # little is lost yet, and what is wrong now will stay wrong
+                raise
+            self._say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
+            return
+        finally:
+            self._fresh, self._last_step = False, trainer.global_step
+        if seen is None:
+            return
+        measurement, limits, in_limits = seen
+        now = _now(pl_module)
+        self._charge(measurement, now - arrived)
+        self._note_limits(limits, in_limits=in_limits)
+        share = (self._spent + now - arrived) / (now - self._began)
+        self._show(trainer, measurement, self._values(measurement, limits, in_limits=in_limits, share=share))
+
+    def _look(
+        self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int
+    ) -> tuple[SharpnessMeasurement, StabilityLimits | NoLimits, bool] | None:
+        """A measurement of the module as it is, with its limits and whether it is in units of them."""
+        step = trainer.global_step
         if self._data is None:
-            self._data = training_data(trainer, pl_module, name, self.dataloader)
+            name = type(self).__name__
+            self._data = training_data(trainer, pl_module, name, self.dataloader, self.full_batch_samples)
         with quiet(trainer, pl_module, (*self._data.objects, self.loss_fn)) as isolation:
             as_trained = self.precision == "as_trained"
             loss = training_loss(trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=as_trained)
             objective = Objective(pl_module, loss, self._data.source, isolation)
-            if self._plan is None or self._findings is None:
-                self._findings = self._prepare(trainer, objective)
-                due = self._due(step)
-                if not due:
-                    return
-            plan = self._plan_now(trainer)
             limits = applied_limits(trainer)
-            scaling = (
-                None if isinstance(limits, NoLimits) else scaling_of(limits, objective.parameters, _like(objective))
-            )
+            scaling = None
+            if isinstance(limits, StabilityLimits):
+                scaling = scaling_of(limits, objective.parameters, _like(objective))
+            if self._plan is None:
+                # In units of the limits there is no curve for the current batch.
+                self._prepare(trainer, objective, current=scaling is None and sees_batches(pl_module))
+                self._due = self._due_now(trainer)
+            if self._plan is None or not self._due:
+                return None
+            plan = replace(self._plan, parts=self._parts(trainer))
             batches = None
-            if self._data.sampler is not None and "mini" in due:
+            if self._data.sampler is not None and "mini" in self._due:
                 isolation.reseed(derived_seed(self.seed, 4, step))
-                batches = sampler_batches(
-                    self._data, parts=plan.parts, count=plan.num_batches, seed=derived_seed(self.seed, 5, step)
-                )
+                seed = derived_seed(self.seed, 5, step)
+                batches = sampler_batches(self._data, parts=plan.parts, count=plan.num_batches, seed=seed)
+            assert self._findings is not None
             measurement, self._warm = measure(
                 objective,
                 plan,
                 self._findings,
-                _moved(self._warm, _like(objective)),
+                _fitting(self._warm, objective),
                 stream=step,
-                full="full" in due,
-                mini="mini" in due,
-                current=window if "current" in due else None,
+                full="full" in self._due,
+                mini="mini" in self._due,
+                current=window if "current" in self._due else None,
                 batches=batches,
                 scaling=scaling,
             )
-        now = _now(pl_module)
-        self._charge(due, measurement, now - arrived)
-        share = (self._spent + now - arrived) / (now - self._began)
-        self._show(trainer, measurement, limits, in_limits=scaling is not None, share=share)
+        return measurement, limits, scaling is not None
 
-    def _prepare(self, trainer: Any, objective: Objective) -> Findings:
+    def _prepare(self, trainer: Any, objective: Objective, *, current: bool) -> None:
         """Finds out what the loss allows and what a measurement costs, cuts what is too dear, and says so in a line."""
         assert self._data is not None
-        source, name = objective.source, type(self).__name__
-        batch_size = self.batch_size or self._data.batch_size
-        check_batch_size(batch_size, source.num_samples)
-        parts = self._parts(trainer, batch_size)
-        findings = preflight(objective, batch_size, parts=parts, seed=self.seed)
+        if self.batch_size is not None and isinstance(self._data.source, BatchListSource):
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
+                "or pass a DataLoader over a map-style data set."
+            )
+        num_samples, batch_size = self._data.source.num_samples, self.batch_size or self._data.batch_size
+        check_batch_size(batch_size, num_samples)
+        parts = self._parts(trainer)
+        findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
         for warning in (*findings.warnings, *cautions(trainer, objective.module)):
             self._say(warning)
+        if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
+            return
+        self._findings = findings
         plan = Plan(batch_size, parts, self.rel_error, self.num_batches, self.full_batch_samples, self.seed)
-        plan, costs, cut = affordable(plan, findings, source.num_samples, self.max_seconds)
+        self._plan, costs, cut = affordable(plan, findings, num_samples, self.max_seconds)
         if cut:
             self._say(cut)
-        self._ledgers = {quantity: replace(ledger, cost=costs[quantity]) for quantity, ledger in self._ledgers.items()}
-        self._plan = plan
-        full = (
-            source.num_samples if plan.full_batch_samples is None else min(plan.full_batch_samples, source.num_samples)
-        )
-        samples = (
-            f"all {full:,}"
-            if full == source.num_samples
-            else f"a fixed random subset of {full:,} of {source.num_samples:,}"
-        )
-        schedule = (
-            f"every {self.every_n_train_steps} steps"
-            if self.every_n_train_steps
-            else f"{self.overhead:.0%} of wall time"
-        )
-        self._notes = [
-            f"MiniBS(b={plan.step_size}) over at most {plan.num_batches} mini-batches, "
-            f"FullBS on {samples} samples, P = {objective.num_parameters:,}",
-            f"a full measurement takes about {sum(costs.values()):.2g} s; {schedule}",
-        ]
+        if not current:
+            self._ledgers.pop("current", None)
+        self._ledgers = {
+            quantity: ledger if ledger.count else Ledger(costs[quantity]) for quantity, ledger in self._ledgers.items()
+        }
+        every, share = self.every_n_train_steps, self.overhead
+        schedule = f"every {every} steps" if share is None else f"{100 * share:g} % of wall time"
+        seconds = sum(costs[quantity] for quantity in self._ledgers)
+        self._notes = described(self._plan, num_samples, objective.num_parameters, seconds, schedule)
         if self._data.sampler is not None:
             self._notes.append(
                 "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, "
                 "no control variate"
             )
-        rank_zero_info(f"{name}: {'; '.join(self._notes)}.")
-        return findings
+        rank_zero_info(f"{type(self).__name__}: {'; '.join(self._notes)}.")
 
-    def _parts(self, trainer: Any, batch_size: int) -> int:
-        """Loader batches of one optimizer step, or 1 where the user chose a batch size."""
+    def _parts(self, trainer: Any) -> int:
+        """Loader batches of one optimizer step as it is now, or 1 where the user chose a batch size."""
         assert self._data is not None
-        return (
-            1 if self.batch_size else max(1, min(effective_parts(trainer), self._data.source.num_samples // batch_size))
-        )
+        there = self._data.source.num_samples // self._data.batch_size
+        return 1 if self.batch_size else max(1, min(effective_parts(trainer), there))
 
-    def _plan_now(self, trainer: Any) -> Plan:
-        """The plan, with the accumulation that holds now."""
-        assert self._plan is not None
-        self._plan = replace(self._plan, parts=self._parts(trainer, self._plan.batch_size))
-        return self._plan
-
-    def _charge(self, due: set[str], measurement: SharpnessMeasurement, seconds: float) -> None:
+    def _charge(self, measurement: SharpnessMeasurement, seconds: float) -> None:
         """Shares the seconds out: to FullBS by its products, among the others as they were expected."""
         full = measurement.full_passes * measurement.num_samples / measurement.batch_size
-        shares = {"full": full / measurement.hvps if measurement.hvps else 0.0}
-        others = due - {"full"}
-        expected = sum(self._ledgers[quantity].cost for quantity in others)
-        for quantity in others:
-            shares[quantity] = (1 - shares["full"]) * (
-                self._ledgers[quantity].cost / expected if expected else 1 / len(others)
-            )
-        for quantity in due:
-            self._ledgers[quantity] = charged(self._ledgers[quantity], seconds * shares[quantity])
+        full_share = full / measurement.hvps if measurement.hvps else 0.0
+        expected = sum(self._ledgers[quantity].cost for quantity in self._due - {"full"})
+        for quantity in self._due:
+            part = (1 - full_share) * self._ledgers[quantity].cost / expected if expected else 0.0
+            share = full_share if quantity == "full" else part
+            self._ledgers[quantity] = charged(self._ledgers[quantity], seconds * share)
 
-    # ---- where it goes
-    # ---------------------------------------------------------------------------------------------------------------
+    # ---- where -------------------------------------------------------------------------------------------------------
 
-    def _show(
+    def _values(
         self,
-        trainer: Any,
         measurement: SharpnessMeasurement,
         limits: StabilityLimits | NoLimits,
         *,
         in_limits: bool,
         share: float,
-    ) -> None:
-        """Scalars to every logger, the dashboard to those that have one, the last values to the Trainer."""
-        step = logging_step(trainer)
-        self._note_limits(limits, in_limits=in_limits)
-        values = scalars(measurement, limits, in_limits=in_limits)
+    ) -> dict[str, float]:
+        """The scalars of a measurement, the phase among them."""
+        values = {**scalars(measurement, limits, in_limits=in_limits), tags.COST_SHARE: share}
         point = phase_point(measurement, limits, in_limits=in_limits)
         if point is not None:
             self._points.append(point)
-            current_phase = phase(self._points)
-            if current_phase is not None:
-                values[tags.PHASE] = float(current_phase)
-        values[tags.COST_SHARE] = share
-        values = {tag: value for tag, value in values.items() if math.isfinite(value)}
+            now = phase(self._points)
+            if now is not None:
+                values[tags.PHASE] = float(now)
+        return values
+
+    def _show(self, trainer: Any, measurement: SharpnessMeasurement, values: dict[str, float]) -> None:
+        """Scalars to every logger, the dashboard to those that have one, the last values to the Trainer."""
+        step, eigenvalues = logging_step(trainer), _tensor(measurement.mini_batch.values)
         self.history.append({"step": float(step), **values})
         if len(self.history) > HISTORY:
             self.history = self.history[: HISTORY // 2 : 2] + self.history[HISTORY // 2 :]
-        self.mini_batch_sharpness.reset()
-        self.mini_batch_sharpness.control_mean = measurement.control_mean
-        if measurement.mini_batch.values:
-            self.mini_batch_sharpness.update(
-                torch.tensor(measurement.mini_batch.values), torch.tensor(measurement.controls)
-            )
+        if len(eigenvalues):
+            self.mini_batch_sharpness.reset()
+            self.mini_batch_sharpness.control_mean = measurement.control_mean
+            self.mini_batch_sharpness.update(eigenvalues, _tensor(measurement.controls))
         for logger in trainer.loggers:
+            experiment = getattr(logger, "experiment", None)
             if not self._drawn:
-                tags.write_layout(logger.experiment)
-                tags.write_guide(logger.experiment, self._notes)
+                tags.write_layout(experiment)
+                tags.write_guide(experiment, self._notes)
             logger.log_metrics(values, step=step)
-            if measurement.mini_batch.values:
-                tags.write_histogram(logger.experiment, torch.tensor(measurement.mini_batch.values), step)
+            if len(eigenvalues):
+                tags.write_histogram(experiment, eigenvalues, step)
         self._drawn = True
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if tags.EDGE_RATIO in values:
@@ -366,8 +365,7 @@ class SharpnessMonitor(Callback):
         elif in_limits:
             self._say(
                 "the stability limits differ between parameters, so edge ratios are measured in units of them; "
-                "sharpness and threshold, which would "
-                "be in other units, are not shown."
+                "sharpness and threshold, which would be in other units, are not shown."
             )
 
     def _say(self, message: str) -> None:
@@ -376,17 +374,14 @@ class SharpnessMonitor(Callback):
             self._said.add(message)
             rank_zero_warn(f"{type(self).__name__}: {message}")
 
-    # ---- checkpoints
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @property
-    @override
     def state_key(self) -> str:
         """Monitors with other schedules or batch sizes keep states of their own."""
         every, overhead = self._schedule_arguments
         return self._generate_state_key(every_n_train_steps=every, overhead=overhead, batch_size=self.batch_size)
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         """All that the next measurement depends on: numbers, strings and tensors."""
         top = self._warm.top
@@ -395,39 +390,17 @@ class SharpnessMonitor(Callback):
             "history": self.history,
             "points": [(point.mean, point.stderr, point.lower, point.upper) for point in self._points],
             "ledgers": {quantity: asdict(ledger) for quantity, ledger in self._ledgers.items()},
-            "plan": None if self._plan is None else asdict(self._plan),
             "findings": None if self._findings is None else asdict(self._findings),
-            "notes": self._notes,
             "warm_start": {"top": top, "others": self._warm.others} if save else {},
         }
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved monitor stood."""
         self.history = list(state_dict["history"])
         self._points = deque((Estimate(*point) for point in state_dict["points"]), maxlen=5)
         self._ledgers = {quantity: Ledger(**ledger) for quantity, ledger in state_dict["ledgers"].items()}
-        self._plan = Plan(**state_dict["plan"]) if state_dict["plan"] else None
         self._findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
-        self._notes = list(state_dict["notes"])
         self._warm = WarmStart(**state_dict["warm_start"])
-
-
-def _check_schedule(every_n_train_steps: int | None, overhead: float | None, max_seconds: float) -> None:
-    """Refuses schedules that make no sense."""
-    if every_n_train_steps is not None and overhead is not None:
-        raise ValueError(
-            f"every_n_train_steps={every_n_train_steps} and overhead={overhead} are two schedules: "
-            "choose one, or neither for overhead=0.05."
-        )
-    if every_n_train_steps is not None and every_n_train_steps < 1:
-        raise ValueError(
-            f"every_n_train_steps={every_n_train_steps} must be at least 1; leave it out for a share of wall time."
-        )
-    if overhead is not None and not 0 < overhead < 1:
-        raise ValueError(f"overhead={overhead} is a share of the wall time and must lie between 0 and 1, as 0.05 does.")
-    if not max_seconds > 0:
-        raise ValueError(f"max_seconds={max_seconds} must be positive: it is the upper limit of one measurement.")
 
 
 def _now(pl_module: Any) -> float:
@@ -443,6 +416,14 @@ def _like(objective: Objective) -> Tensor:
     return torch.empty(0, dtype=krylov_dtype(objective), device=objective.parameters[0].device)
 
 
-def _moved(warm: WarmStart, like: Tensor) -> WarmStart:
-    """A warm start from a checkpoint, on the device of the parameters."""
+def _fitting(warm: WarmStart, objective: Objective) -> WarmStart:
+    """The warm start on the device of the parameters; none where it is of other parameters."""
+    if warm.top is None or warm.top.numel() != objective.num_parameters:
+        return WarmStart()
+    like = _like(objective)
     return WarmStart(*(None if vector is None else vector.to(like) for vector in (warm.top, warm.others)))
+
+
+def _tensor(values: tuple[float, ...]) -> Tensor:
+    """Numbers as they are."""
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,11 +1,13 @@
 """Looking at a model without touching it: whatever a forward pass can change is noted before and put back after.
 
-Covered: parameters' tensor hooks, `.grad` references and `requires_grad`; buffers (identity and content); train and eval modes; the random
-generators of torch (every device), numpy and python; attributes of the modules and of the objects that are handed in, and what their lists,
-dicts, sets, deques, tensors, arrays and random generators hold, one level deep.
+Covered: parameters' tensor hooks, `.grad` references and `requires_grad`; buffers (identity and content); train and
+eval modes; the random generators of torch (every device), numpy and python; attributes of the modules and of the
+objects that are handed in, and what their lists, dicts, sets, deques, tensors, arrays and random generators hold, one
+level deep.
 
-Not covered: files, globals, the state of C++ extensions, what lies deeper inside containers, and tensors or arrays of more than 2**20
-elements that data objects hold (training changes no data set that large, and a copy at each measurement would cost too much).
+Not covered: files, globals, the state of C++ extensions, what lies deeper inside containers, and tensors or arrays of
+more than 2**20 elements that data objects hold (training changes no data set that large, and a copy at each measurement
+would cost too much).
 """
 
 import contextlib
@@ -53,8 +55,8 @@ class Isolation:
 def isolated(module: nn.Module, objects: Iterable[Any] = ()) -> Iterator[Isolation]:
     """Whatever happens inside leaves no trace on `module`, `objects` and the random generators; also when it raises.
 
-    Inside, gradients are enabled, parameters have no tensor hooks (they would scale gradients and curvature), autocast is off, attention
-    runs on its math kernel and compiled code eagerly (neither can be differentiated twice otherwise).
+    Inside, gradients are enabled, parameters have no tensor hooks (they would scale gradients and curvature), autocast
+    is off, attention runs on its math kernel and compiled code eagerly (neither can be differentiated twice otherwise).
 
     Args:
         module: The module that is evaluated, its submodules included.
@@ -74,10 +76,12 @@ def isolated(module: nn.Module, objects: Iterable[Any] = ()) -> Iterator[Isolati
     held = _reachable(objects)
     generators = _found_generators([*modules, *held])
     restorers = [
-        _global_generators(),
+        noted_generators(),
         *(_generator(each) for each in generators),
         *(_attributes(each, limit=sys.maxsize) for each in modules),
         *(_attributes(each, limit=_SMALL) for each in held),
+        *(_slots(each._parameters) for each in modules),
+        *(_slots(each._buffers) for each in modules),
         *(_buffers(each) for each in modules),
         *(_parameter(each) for each in parameters),
     ]
@@ -116,7 +120,7 @@ def _contexts(
         yield torch.compiler.set_stance("force_eager")
 
 
-# ---- random generators ---------------------------------------------------------------------------------------------------------------
+# ---- random generators -----------------------------------------------------------------------------------------------
 
 
 def _accelerators() -> list[Any]:
@@ -129,8 +133,8 @@ def _accelerators() -> list[Any]:
     return found
 
 
-def _global_generators() -> Restore:
-    """Notes the states of torch's (every device's), numpy's and python's global generators."""
+def noted_generators() -> Restore:
+    """Notes the states of the global generators of torch (every device), numpy and python, to go back to them."""
     cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     states = [
         (each, each.get_rng_state_all() if hasattr(each, "get_rng_state_all") else each.get_rng_state())
@@ -148,7 +152,7 @@ def _global_generators() -> Restore:
 
 
 def _seed_globally(seed: int) -> None:
-    """Seeds what `_global_generators` notes."""
+    """Seeds what `noted_generators` notes."""
     torch.default_generator.manual_seed(seed)
     for each in _accelerators():
         (each.manual_seed_all if hasattr(each, "manual_seed_all") else each.manual_seed)(seed)
@@ -193,11 +197,11 @@ def _found_generators(objects: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
-# ---- modules, parameters and other objects -------------------------------------------------------------------------------------------
+# ---- modules, parameters and other objects ---------------------------------------------------------------------------
 
 
 def _parameter(parameter: nn.Parameter) -> Restore:
-    """Notes what an evaluation may switch on a parameter; its values are checked elsewhere (see `objective.check_untouched`)."""
+    """Notes what an evaluation may switch on a parameter; its values are `preflight`'s concern."""
     grad, requires_grad = parameter.grad, parameter.requires_grad
 
     def restore() -> None:
@@ -209,13 +213,24 @@ def _parameter(parameter: nn.Parameter) -> Restore:
     return restore
 
 
-def _buffers(module: nn.Module) -> Restore:
-    """Notes identity and content of a module's own buffers."""
-    noted = [(name, buffer, _content(buffer)) for name, buffer in module._buffers.items() if buffer is not None]
+def _slots(slots: dict[str, Any]) -> Restore:
+    """Notes which parameters or buffers a module has; `functional_call` loses those of modules that are used twice."""
+    noted = dict(slots)
 
     def restore() -> None:
-        for name, buffer, put_back in noted:
-            module._buffers[name] = buffer
+        if slots.keys() != noted.keys() or any(slots[name] is not value for name, value in noted.items()):
+            slots.clear()
+            slots.update(noted)
+
+    return restore
+
+
+def _buffers(module: nn.Module) -> Restore:
+    """Notes the content of a module's own buffers."""
+    noted = [_content(buffer) for buffer in module._buffers.values() if buffer is not None]
+
+    def restore() -> None:
+        for put_back in noted:
             put_back()
 
     return restore

@@ -1,14 +1,15 @@
 """One measurement of the sharpness: FullBS, MiniBS with its interval, directional sharpness, the current batch.
 
-The solver is fast because it starts from what the last measurement found, and it can be fooled for the same reason. So every start has a random
-part, every row takes a minimum of steps, and two mini-batches of each measurement are solved again from scratch: the *audit*.
+The solver is fast because it starts from what the last measurement found, and it can be fooled for the same reason. So
+every start has a random part, every row takes a minimum of steps, and two mini-batches of each measurement are solved
+again from scratch: the *audit*.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -26,9 +27,9 @@ from lightning_eoss.curvature.objective import (
     full_batch,
     random_batches,
 )
-from lightning_eoss.curvature.operators import Reduce, Scaling
+from lightning_eoss.curvature.operators import Operator, Reduce, Scaling
 from lightning_eoss.curvature.preflight import Findings, preflight
-from lightning_eoss.curvature.solver import MIN_STEPS, Plan, Solver, WarmStart
+from lightning_eoss.curvature.solver import Lead, Plan, Solver, WarmStart
 from lightning_eoss.linalg.lanczos import LanczosResult
 from lightning_eoss.theory.statistics import (
     Estimate,
@@ -51,9 +52,7 @@ class Eigenvalue:
     value: float = math.nan
     residual: float = math.nan  # |Hv - value v|, bounds the distance to the nearest eigenvalue
     converged: bool = False
-    error: float = (
-        math.nan
-    )  # how far the true one may lie above: residual^2 / distance to the next Ritz value, at most the residual
+    error: float = math.nan  # how far off: residual^2 / distance to the next Ritz value, the residual at most
 
     @property
     def relative_residual(self) -> float:
@@ -74,11 +73,11 @@ class SharpnessMeasurement:
     gap: Estimate  # MiniBS - FullBS
     full_batch: Eigenvalue  # FullBS
     current_batch: Eigenvalue  # of the batch about to be stepped on
-    controls: tuple[float, ...]  # v'H_B v of each mini-batch, v the top eigenvector of the full batch
-    control_mean: float  # v'Hv; NaN where the control variate is not valid
+    controls: tuple[float, ...]  # v'H_B s of each mini-batch: v the top eigenvector, s the common start, mostly v
+    control_mean: float  # v'Hs, the mean of the controls over all batches; NaN where the control variate is not valid
     batch_size: int  # samples of a mini-batch
     num_samples: int  # samples that FullBS was measured on; 0 where it was not
-    audit: float  # largest relative shortfall of an audited mini-batch
+    audit: float  # largest relative shortfall of an audited mini-batch; above rel_error, all was solved from scratch
     residual: float  # largest relative residual of all values
     products_per_batch: float  # median over the mini-batches, audits apart
     full_passes: int  # products with the full batch
@@ -115,7 +114,8 @@ def measure_sharpness(
         num_batches: Upper limit of mini-batches.
         full_batch_samples: FullBS is measured on a fixed random subset of this size; None: all samples.
         seed: Fixes batches, starts and the random numbers inside the model.
-        tol: Relative residual of the eigenvalues (default: 0.4 ``rel_error``). An eigenvalue's own error is about its square.
+        tol: Relative residual of the eigenvalues (default: 0.4 ``rel_error``). An eigenvalue's own error is about its
+            square.
         collate_fn: As a DataLoader's.
 
     Returns:
@@ -125,22 +125,21 @@ def measure_sharpness(
         ValueError: If an argument is out of its range, or nothing can be measured.
 
     Example:
-        For linear regression the Hessian is X'X / n whatever the parameters; here x = 1 or 3, so FullBS = 5, and MiniBS(1) is the mean of 1
-        and 9.
+        For linear regression the Hessian is X'X / n whatever the parameters. Here x is 1 or 3, so FullBS = 5, and so
+        is MiniBS(1), the mean of 1 and 9: the control variate corrects the luck of the draw.
 
-        >>> data = [(torch.tensor([x]), torch.tensor([0.0])) for x in (1.0, 3.0)]
+        >>> data = [(torch.tensor([x]), torch.tensor([0.0])) for x in (1.0, 3.0)] * 4
         >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean() / 2
-        >>> result = measure_sharpness(nn.Linear(1, 1, bias=False), loss, data, batch_size=2)
+        >>> result = measure_sharpness(nn.Linear(1, 1, bias=False), loss, data, batch_size=1)
         >>> round(result.full_batch.value, 4), round(result.mini_batch.mean, 4)
         (5.0, 5.0)
-        >>> measure_sharpness(nn.Linear(1, 1, bias=False), loss, data, batch_size=1, num_batches=400).mini_batch.mean
-        5.0
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, definitions 3.1 and 3.2.
     """
     check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, tol=tol)
-    num_samples = len(dataset)
-    check_batch_size(batch_size, num_samples)
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative: it seeds numpy's SeedSequence.")
+    check_batch_size(batch_size, len(dataset))
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
 
     def transfer(batch: Any) -> Any:
@@ -178,8 +177,8 @@ def check_batch_size(batch_size: int, num_samples: int) -> None:
         raise ValueError("dataset is empty, so there is no loss whose sharpness could be measured. Pass training data.")
     if not 1 <= batch_size <= num_samples:
         raise ValueError(
-            f"batch_size={batch_size} must lie between 1 and the number of samples, {num_samples}: mini-batches are drawn without "
-            "replacement. Choose a smaller batch_size."
+            f"batch_size={batch_size} must lie between 1 and the number of samples, {num_samples}: "
+            "mini-batches are drawn without replacement. Choose a smaller batch_size."
         )
 
 
@@ -200,8 +199,8 @@ def measure(
 ) -> tuple[SharpnessMeasurement, WarmStart]:
     """Measures what is asked for at the module's present parameters.
 
-    Cost, in products: FullBS 13 to 20 passes from scratch, about 3 from a warm start; each mini-batch about 4, and one for the directional
-    sharpness; each of two audits 10 to 20.
+    Cost, in products: FullBS 13 to 20 passes from scratch, about 3 from a warm start; each mini-batch about 4, and one
+    for the directional sharpness; each of two audits 10 to 20.
 
     Args:
         objective: The loss, its parameters, its samples.
@@ -225,160 +224,190 @@ def measure(
     solver = Solver(objective, plan, findings, generator, scaling or Scaling(), reduce, decide)
     samples = 0.0  # that went through products
 
-    current_value = Eigenvalue()
+    current_value, full_value, lead = Eigenvalue(), Eigenvalue(), None
     if current is not None:
-        result = solver.solve_top(solver.operator([current]), warm)
+        result, _ = solver.solve_top(solver.operator([current]), warm)
         current_value = _eigenvalue(result)
-        samples += result.matvecs * sum(part.size for part in current)
+        samples += result.matvecs * _num_samples(current)
         if warm.top is None:
-            warm = WarmStart.after(result)  # better than nothing until FullBS is known
+            warm = warm.after(result)  # better than nothing until FullBS is known
 
-    full_value, passes = Eigenvalue(), 0
     chunks: Batch = ()
+    passes = 0
     if full:
-        chunks = full_batch(objective.source, plan.batch_size, max_samples=plan.full_batch_samples, seed=plan.seed)
-        result = solver.solve_top(solver.operator([chunks]), warm)
-        full_value, warm, passes = _eigenvalue(result), WarmStart.after(result), result.matvecs
-    num_samples = sum(part.size for part in chunks)
-    samples += passes * num_samples
+        chunks = full_batch(objective.source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
+        result, start = solver.solve_top(solver.operator([chunks]), warm)
+        full_value, passes, warm = _eigenvalue(result), result.matvecs, warm.after(result)
+        samples += passes * _num_samples(chunks)
+        if math.isfinite(full_value.value):
+            lead = Lead.known(start, result)
 
-    sampled, control_mean, population = _Sampled(), math.nan, objective.source.num_samples
+    sampled, control_mean = _Sampled(), math.nan
     if mini:
-        whole = plan.step_size >= population and batches is None  # one batch, and it is all there is: no sampling error
+        population = objective.source.num_samples
+        exact = plan.step_size >= population and batches is None  # one batch, and it is all there is
         if batches is None:
             seed = derived_seed(plan.seed, 3, stream)
             batches = random_batches(objective.source, plan.batch_size, parts=plan.parts, seed=seed)
-            if not whole and findings.reduction == "mean" and sum(len(part.indices) for part in chunks) == population:
-                control_mean = full_value.value  # v'Hv, v the Ritz vector just found
-        sampled = _sample(solver, batches, warm, control_mean, exact=whole)
-        samples += sampled.products * plan.step_size
-    estimate, plain = sampled.estimates(control_mean, reduce)
-    gap_error = full_value.error if math.isfinite(full_value.error) else 0.0
+            complete = sum(len(part.indices) for part in chunks) == population
+            if lead and complete and not exact and findings.reduction == "mean":
+                control_mean = lead.mean
+        lead = lead or Lead.guessed(warm, solver.random_starts(1))
+        sampled = _sample(solver, batches, lead, control_mean, exact=exact)
+        samples += sampled.products * solver.step_samples
+
+    plain, estimate = sampled.plain(reduce), sampled.estimate(control_mean, reduce)
+    estimate = with_audit(estimate, sampled.shortfalls)
+    residuals = [full_value.relative_residual, current_value.relative_residual, *(row.residual for row in sampled.good)]
     measurement = SharpnessMeasurement(
-        mini_batch=with_audit(estimate, sampled.shortfalls),
+        mini_batch=estimate,
         plain=with_audit(plain, sampled.shortfalls),
-        directional=_estimate(sampled.directional, exact=sampled.exact, reduce=reduce),
-        gap=shifted(with_audit(estimate, sampled.shortfalls), full_value.value, gap_error),
+        directional=sampled.directional(reduce),
+        gap=shifted(estimate, full_value.value, full_value.error if math.isfinite(full_value.error) else 0.0),
         full_batch=full_value,
         current_batch=current_value,
-        controls=tuple(sampled.controls),
+        controls=tuple(row.control for row in sampled.good),
         control_mean=control_mean,
-        batch_size=plan.step_size,
-        num_samples=num_samples,
+        batch_size=solver.step_samples,
+        num_samples=_num_samples(chunks),
         audit=sampled.audit,
-        residual=max(
-            (
-                each
-                for each in (full_value.relative_residual, current_value.relative_residual, *sampled.residuals)
-                if each == each
-            ),
-            default=math.nan,
-        ),
-        products_per_batch=median(sampled.iterations) if sampled.iterations else math.nan,
+        residual=max((each for each in residuals if math.isfinite(each)), default=math.nan),
+        products_per_batch=median(row.products for row in sampled.good) if sampled.good else math.nan,
         full_passes=passes,
-        hvps=samples / plan.step_size,
+        hvps=samples / solver.step_samples,
         seconds=time.perf_counter() - began,
     )
     return measurement, warm
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What one mini-batch gave."""
+
+    value: float  # NaN where its loss is not finite
+    control: float  # v'H_B s, see `Lead`
+    directional: float
+    residual: float  # relative
+    products: int
+
+
 @dataclass
 class _Sampled:
-    """What the mini-batches gave, a number a batch; those whose loss is not finite are left out."""
+    """What all mini-batches gave. Those whose loss is not finite do not count."""
 
-    values: list[float] = field(default_factory=list)
-    controls: list[float] = field(default_factory=list)
-    directional: list[float] = field(default_factory=list)
-    residuals: list[float] = field(default_factory=list)  # relative
-    iterations: list[int] = field(default_factory=list)
-    shortfalls: list[float] = field(default_factory=list)  # of the audited batches: value from scratch - value
-    audit: float = math.nan  # the largest of them, relative
-    products: int = 0
     exact: bool = False  # one batch that is all there is
+    rows: list[_Row] = field(default_factory=list)
+    shortfalls: list[float] = field(default_factory=list)  # by how much the audited values may be too low
+    differences: list[float] = field(default_factory=list)  # that the audits found, relative
+    products: int = 0
 
-    def estimates(self, control_mean: float, reduce: Reduce) -> tuple[Estimate, Estimate]:
-        """The best estimate of the mean and the plain one."""
-        if self.exact or not self.values:
-            return (_estimate(self.values, exact=self.exact, reduce=reduce),) * 2
-        sums = reduce(moments(_tensor(self.values), _tensor(self.controls)))
-        values = tuple(self.values)
-        best = control_variate_estimate(sums, control_mean)
-        return replace(best, values=values), replace(mean_estimate(sums), values=values)
+    @property
+    def audit(self) -> float:
+        """The largest difference that an audit found."""
+        return max(self.differences, default=math.nan)
+
+    @property
+    def good(self) -> list[_Row]:
+        """The rows that count."""
+        return [row for row in self.rows if math.isfinite(row.value)]
+
+    def plain(self, reduce: Reduce) -> Estimate:
+        """MiniBS as the mean of the values."""
+        return self._mean([row.value for row in self.good], reduce)
+
+    def estimate(self, control_mean: float, reduce: Reduce) -> Estimate:
+        """MiniBS with the help of the controls."""
+        good = self.good
+        if self.exact or not good:
+            return self.plain(reduce)
+        values, controls = (tuple(column) for column in zip(*((row.value, row.control) for row in good), strict=True))
+        sums = reduce(moments(_tensor(values), _tensor(controls)))
+        return replace(control_variate_estimate(sums, control_mean), values=values)
+
+    def directional(self, reduce: Reduce) -> Estimate:
+        """Directional sharpness. A batch whose gradient is zero has none."""
+        return self._mean([row.directional for row in self.good if math.isfinite(row.directional)], reduce)
+
+    def _mean(self, values: list[float], reduce: Reduce) -> Estimate:
+        """Mean of values with its interval, which is a point where they are not a sample."""
+        if self.exact and values:
+            return Estimate(values[0], 0.0, values[0], values[0], (values[0],))
+        return replace(mean_estimate(reduce(moments(_tensor(values)))), values=tuple(values))
 
 
-def _estimate(values: list[float], *, exact: bool, reduce: Reduce) -> Estimate:
-    """Mean of values with its interval, which is a point where they are not a sample."""
-    if exact and values:
-        return Estimate(values[0], 0.0, values[0], values[0], (values[0],))
-    return replace(mean_estimate(reduce(moments(_tensor(values)))), values=tuple(values))
-
-
-def _tensor(values: list[float]) -> Tensor:
-    """Numbers as they are, in float64."""
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _sample(solver: Solver, batches: Iterator[Batch], warm: WarmStart, control_mean: float, *, exact: bool) -> _Sampled:
+def _sample(
+    solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_mean: float, *, exact: bool
+) -> _Sampled:
     """Draws mini-batches in rounds until their mean is known well enough."""
-    plan, limit, drawn = solver.plan, 1 if exact else solver.plan.num_batches, 0
-    sampled = _Sampled(exact=exact)
-    while True:
+    plan, limit = solver.plan, 1 if exact else solver.plan.num_batches
+    sampled = _Sampled(exact)
+    wanted = list(islice(batches, next_count(0, limit)))
+    _add(solver, wanted, lead, sampled)
+    _audit(solver, wanted, sampled)
+    if lead is not None and solver.decide(sampled.audit > plan.rel_error):
+        # The warm start hides the top of the batches' spectra: everything again from scratch.
+        sampled = _Sampled(exact, differences=sampled.differences, products=sampled.products)
+        lead, control_mean = None, math.nan
+        _add(solver, wanted, lead, sampled)
+        _audit(solver, wanted, sampled)
+    while sampled.good:
+        drawn = len(sampled.rows)
+        estimate = sampled.estimate(control_mean, solver.reduce)
+        if solver.decide(drawn >= limit or is_precise(estimate, len(sampled.good), plan.rel_error)):
+            break
         wanted = list(islice(batches, next_count(drawn, limit) - drawn))
-        for first in range(0, len(wanted), solver.rows_at_once):
-            group = wanted[first : first + solver.rows_at_once]
-            _solve(solver, group, warm, sampled)
-        if drawn == 0 and wanted:
-            _audit(solver, wanted[:NUM_AUDITS], sampled)
-            if warm.top is not None and solver.decide(sampled.audit > plan.rel_error):
-                # The warm start hides the top of the batches' spectra: everything again from scratch.
-                sampled = _Sampled(products=sampled.products, exact=sampled.exact)
-                warm, control_mean = WarmStart(), math.nan
-                batches = chain(wanted, batches)
-                continue
-        drawn += len(wanted)
-        estimate, _ = sampled.estimates(control_mean, solver.reduce)
-        if solver.decide(drawn >= limit or not wanted or is_precise(estimate, len(sampled.values), plan.rel_error)):
-            return sampled
+        if not wanted:
+            break
+        _add(solver, wanted, lead, sampled)
+    return sampled
 
 
-def _solve(solver: Solver, batches: list[Batch], warm: WarmStart, sampled: _Sampled) -> None:
-    """Adds top eigenvalue, control and directional sharpness of some mini-batches."""
-    operator = solver.operator(batches)
+def _add(solver: Solver, batches: list[Batch], lead: Lead | None, sampled: _Sampled) -> None:
+    """Solves some mini-batches, as many at a time as fit the memory."""
+    for first in range(0, len(batches), solver.rows_at_once):
+        operator = solver.operator(batches[first : first + solver.rows_at_once])
+        rows = _solve(solver, operator, lead)
+        sampled.rows.extend(rows)
+        sampled.products += sum(row.products for row in rows)
+
+
+def _solve(solver: Solver, operator: Operator, lead: Lead | None) -> list[_Row]:
+    """Top eigenvalue, control and directional sharpness of each row."""
     gradients = operator.gradients()
-    directions = gradients / gradients.norm(dim=1, keepdim=True)
-    directional = torch.linalg.vecdot(directions, operator.matvec(directions)).tolist()
-    starts, controls = solver.random_starts(len(batches)), [math.nan] * len(batches)
-    products = len(batches)
-    if warm.top is not None:
-        # One product serves twice: v'H_B v is the control variate, and H_B v is nearer the batch's own top than v is.
-        images = operator.matvec(warm.top.expand(len(batches), -1))
-        controls = (images @ warm.top).tolist()
-        starts = warm.mixed(images / images.norm(dim=1, keepdim=True), starts[:1])
-        products += len(batches)
-    result = solver.solve(operator, starts, min_steps=MIN_STEPS - 1 if warm.top is not None else MIN_STEPS)
-    sampled.products += result.matvecs + products
-    for row, value in enumerate(result.values[:, 0].tolist()):
-        if math.isfinite(value):
-            sampled.values.append(value)
-            sampled.controls.append(controls[row])
-            sampled.residuals.append(float(result.residuals[row, 0]) / max(abs(value), 1e-30))
-            sampled.iterations.append(int(result.iterations[row]) + products // len(batches))
-            if math.isfinite(directional[row]):  # a zero gradient has no direction
-                sampled.directional.append(directional[row])
+    num_rows, sizes = len(gradients), torch.linalg.vector_norm(gradients, dim=1)
+    directions = gradients / torch.where(sizes > 0, sizes, 1.0)[:, None]
+    directional = torch.linalg.vecdot(directions, operator.matvec(directions))
+    directional = torch.where(sizes > 0, directional, torch.nan)
+    del gradients, directions
+    if lead is None:
+        controls, products = torch.full((num_rows,), math.nan), 1
+        result = solver.solve_from_scratch(operator, num_rows)
+    else:
+        starts = lead.start.expand(num_rows, -1).contiguous()
+        images = operator.matvec(starts)
+        controls, products = images @ lead.top, 2
+        result = solver.solve(operator, starts, image=images)
+    columns = (result.values[:, 0], controls, directional, result.residuals[:, 0], result.iterations)
+    return [
+        _Row(value, control, along, residual / max(abs(value), 1e-30), int(iterations) + products)
+        for value, control, along, residual, iterations in zip(*(column.tolist() for column in columns), strict=True)
+    ]
 
 
 def _audit(solver: Solver, batches: list[Batch], sampled: _Sampled) -> None:
-    """Solves the first mini-batches again, each from a start of its own that knows nothing, ten times as precisely."""
-    if len(sampled.values) < len(batches):
-        return  # losses that are not finite
-    starts = solver.random_starts(len(batches))
-    result = solver.solve(solver.operator(batches), starts, tol=solver.plan.solver_tol / 10)
+    """Solves some mini-batches again from scratch: those with the lowest values, which most likely missed something."""
+    finite = [place for place, row in enumerate(sampled.rows) if math.isfinite(row.value)]
+    chosen = sorted(finite, key=lambda place: sampled.rows[place].value)[:NUM_AUDITS]
+    if not chosen:
+        return
+    result = solver.solve_from_scratch(solver.operator([batches[place] for place in chosen]), len(chosen))
     sampled.products += result.matvecs
-    for exact, value in zip(result.values[:, 0].tolist(), sampled.values, strict=False):
-        sampled.shortfalls.append(exact - value)
-    sampled.audit = max(
-        shortfall / max(abs(value), 1e-30) for shortfall, value in zip(sampled.shortfalls, sampled.values, strict=False)
-    )
+    for place, value, residual in zip(
+        chosen, result.values[:, 0].tolist(), result.residuals[:, 0].tolist(), strict=True
+    ):
+        found = sampled.rows[place].value
+        sampled.shortfalls.append(value + residual - found)  # the audit errs low itself, by its residual at most
+        sampled.differences.append((value - found) / max(abs(found), 1e-30))
 
 
 def _eigenvalue(result: LanczosResult) -> Eigenvalue:
@@ -387,3 +416,13 @@ def _eigenvalue(result: LanczosResult) -> Eigenvalue:
     distance = values[0] - values[1] if len(values) > 1 and math.isfinite(values[1]) else 0.0
     error = min(residual, residual**2 / distance) if distance > 0 else residual
     return Eigenvalue(values[0], residual, bool(result.converged[0]), error)
+
+
+def _num_samples(batch: Batch) -> int:
+    """Samples of all its parts."""
+    return sum(part.size for part in batch)
+
+
+def _tensor(values: Sequence[float]) -> Tensor:
+    """Numbers as they are, in float64."""
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""The loss of a batch as a function of the parameters, evaluated again and again to the same bits; and where batches come from.
+"""The loss of a batch as a function of the parameters, the same bits each time; and where batches come from.
 
-A *batch* is a tuple of parts, each evaluated at once, with weights that sum up their losses. One notion serves all: the micro-batches of an
-accumulation window (weight 1/k each), the chunks of the full batch (weight n_c / N), and the pieces of a batch that is too large for memory.
+A *batch* is a tuple of parts, each evaluated at once, with weights that sum up their losses. One notion serves all: the
+micro-batches of an accumulation window (weight 1/k each), the chunks of the full batch (weight n_c / N), and the pieces
+of a batch that is too large for memory.
 """
 
 import random
@@ -10,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
@@ -28,7 +28,7 @@ class Part:
     seed: int = 0  # of every random generator, before loading and before each forward pass
     data: Any = None  # instead of indices: samples that are loaded already
     generators: Restore | None = (
-        None  # instead of a seed: brings the generators into the state that training's own pass is about to see
+        None  # instead of a seed: brings the generators to where training's own pass finds them
     )
 
 
@@ -38,7 +38,9 @@ Batch = tuple[Part, ...]
 class Source(Protocol):
     """Where batches come from."""
 
-    num_samples: int
+    @property
+    def num_samples(self) -> int:
+        """Samples (or ready batches) that may be drawn."""
 
     def take(self, indices: Sequence[int]) -> Any:
         """The batch of these samples, on the module's device; all generators are seeded just before."""
@@ -105,12 +107,18 @@ def num_bytes(batch: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
+def num_samples_of(batch: Any) -> int:
+    """Samples in a ready batch: the first dimension of its first tensor that has one."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
 @dataclass
 class Objective:
     """The loss of a batch at the module's present parameters, the same bits each time that it is evaluated.
 
-    Before each loading and each forward pass everything that an earlier pass may have changed (buffers, counters, the data set's own
-    generators) is put back and all generators are seeded with the part's seed: every pass sees the same crops and dropout masks.
+    Before each loading and each forward pass everything that an earlier pass may have changed (buffers, counters, the
+    data set's own generators) is put back and all generators are seeded with the part's seed: every pass sees the same
+    crops and dropout masks.
     """
 
     module: nn.Module
@@ -164,7 +172,7 @@ class Objective:
                 f"The loss of a batch must be a scalar tensor, got {what}: a sharpness is the curvature of one number. "
                 "Reduce it (mean over the samples) in training_step or loss_fn."
             )
-        return loss.reshape(())
+        return loss if loss.ndim == 0 else loss.reshape(())  # a view would hide which function made it
 
     def prepare(self, part: Part) -> None:
         """Puts back what an earlier pass changed and sets the generators."""
@@ -175,7 +183,7 @@ class Objective:
             self.isolation.reseed(part.seed)
 
 
-# ---- which samples -------------------------------------------------------------------------------------------------------------------
+# ---- which samples ---------------------------------------------------------------------------------------------------
 
 
 def derived_seed(seed: int, *keys: int) -> int:
@@ -185,7 +193,7 @@ def derived_seed(seed: int, *keys: int) -> int:
         >>> derived_seed(0, 1) != derived_seed(0, 2)
         True
     """
-    return int(np.random.SeedSequence([seed, *keys]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, len(keys), *keys]).generate_state(1)[0])
 
 
 def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int) -> Iterator[Batch]:
@@ -233,7 +241,10 @@ def full_batch(source: Source, chunk_size: int, *, max_samples: int | None = Non
 
 
 def split(batch: Batch, size: int) -> Batch:
-    """The batch in pieces of at most `size` samples; the same loss only where it is a mean over samples (see `preflight.reduction`)."""
+    """The batch in pieces of at most `size` samples; the same loss only where it is a mean over samples.
+
+    Parts whose samples are loaded already stay whole.
+    """
     pieces: list[Part] = []
     for part in batch:
         if part.size <= size or not part.indices:

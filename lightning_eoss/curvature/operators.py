@@ -1,11 +1,11 @@
 r"""Products with the Hessians of B batches at once, in coordinates scaled by the optimizer's limits.
 
-Row b of the operator is A_b = D^{-1/2} (H_b + W) D^{-1/2}: H_b the Hessian of the batch's loss, D the stability limits, W the coupled weight
-decay. D = 1 and W = 0 give the Hessian itself. The full batch is one more row, made of many parts.
+Row b of the operator is A_b = D^{-1/2} (H_b + W) D^{-1/2}: H_b the Hessian of the batch's loss, D the stability limits,
+W the coupled weight decay. D = 1 and W = 0 give the Hessian itself. The full batch is one more row, made of many parts.
 
-Products are reverse-over-reverse: the graph of the gradient is built once and differentiated once a product (1.3 to 1.5 gradients), either
-batch after batch on the module's own parameters, or for all batches in one stacked pass (`Stacked`). What torch cannot differentiate twice
-is served by central differences of gradients.
+Products are reverse-over-reverse: the graph of the gradient is built once and differentiated once a product (1.3 to 1.5
+gradients), either batch after batch on the module's own parameters, or for all batches in one stacked pass (`Stacked`).
+What torch cannot differentiate twice is served by central differences of gradients.
 """
 
 import math
@@ -99,11 +99,11 @@ def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = Tru
         return Graph(loss.detach(), flattened([None] * len(parameters), parameters, dtype), [], [])
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     places = [place for place, each in enumerate(gradients) if create_graph and each is not None and each.requires_grad]
-    return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)  # type: ignore[misc]
+    return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)
 
 
 def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep: bool) -> Tensor:
-    """(P,) Hessian of the graph's part times a (P,) vector. Parameters that the gradient does not depend on give zeros."""
+    """(P,) Hessian of the graph's part times a (P,) vector; zeros where the gradient does not depend on a parameter."""
     parameters = objective.parameters
     if not graph.outputs:
         return torch.zeros_like(vector)
@@ -114,17 +114,18 @@ def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep:
     return flattened(products, parameters, vector.dtype)
 
 
-def difference_product(objective: Objective, part: Part, vector: Tensor) -> Tensor:
-    r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`, for what autograd cannot do.
+def difference_product(objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0) -> Tensor:
+    r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`.
 
-    The parameters are moved in place and put back from a copy, to the bit.
+    The parameters are moved in place and put back from a copy, to the bit. The step balances rounding against the third
+    derivative of a smooth loss; `length` is a factor to it.
     """
     norm = float(vector.norm())
     if norm == 0:
         return torch.zeros_like(vector)
     parameters = objective.parameters
     size = math.sqrt(sum(float(each.detach().square().sum()) for each in parameters))
-    epsilon = torch.finfo(vector.dtype).eps ** (1 / 3) * max(1.0, size) / norm
+    epsilon = length * float(torch.finfo(vector.dtype).eps ** (1 / 3)) * max(1.0, size) / norm
     originals = [parameter.detach().clone() for parameter in parameters]
     steps = unflattened(vector, parameters)
 
@@ -142,9 +143,10 @@ def difference_product(objective: Objective, part: Part, vector: Tensor) -> Tens
 
 @dataclass
 class Sequential:
-    """The operator of B batches, one part after another on the module's own parameters: whatever autograd can do, this can.
+    """The operator of B batches, one part after another on the module's own parameters, as training evaluates them.
 
-    Graphs are kept as long as `graph_slots` allows, first come, first kept; the others are built anew for every product.
+    Graphs are kept as long as `graph_slots` allows, first come, first kept; the others are built anew for every
+    product.
     """
 
     objective: Objective
@@ -225,10 +227,11 @@ def scaled_product(vectors: Tensor, scaling: Scaling, hessian: Matvec) -> Tensor
 
 @dataclass
 class Stacked:
-    """The operator of B batches of one shape in a single pass: parameters expanded to ``(B, ...)``, `vmap` over the batches.
+    """The operator of B batches of one shape in a single pass: parameters expanded to ``(B, ...)``, `vmap` over them.
 
-    Every product multiplies all rows of the stack; once half of them are done the rest is stacked anew. Which modules allow it is found out by
-    trying (`agrees_when_stacked`): random numbers, in-place buffers and data-dependent branches do not.
+    Every product multiplies all rows of the stack; once half of them are done the rest is stacked anew. Which modules
+    allow it is found out by trying (`agrees_when_stacked`): random numbers, in-place buffers and data-dependent
+    branches do not.
     """
 
     objective: Objective
@@ -316,11 +319,12 @@ class _LossOf(nn.Module):
     def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.module = module
-        self.loss = loss
+        # In a tuple: a loss that is a module would be registered, its parameters found twice and put back wrongly.
+        self.loss = (loss,)
 
     def forward(self, batch: Any) -> Tensor:
         """The loss as a scalar."""
-        return self.loss(batch).reshape(())
+        return self.loss[0](batch).reshape(())
 
 
 def _stacked(batches: Sequence[Any]) -> Any:

@@ -1,39 +1,50 @@
 """What a loss allows, found out once before the first measurement, on a few samples.
 
-Whether a batch may be split (and the control variate used), whether torch differentiates the network twice and does it correctly, whether
-batches can be stacked, and what memory and time one product takes. Some layers are silently wrong under double differentiation, so
-symmetry and one finite difference are checked rather than believed.
+Whether a batch may be split (and the control variate used), whether torch differentiates the network twice and does it
+correctly, whether batches can be stacked, and what memory and time one product takes. Some layers are silently wrong
+under double differentiation, so symmetry and one finite difference are checked rather than believed.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_eoss.curvature.objective import Batch, BatchListSource, Objective, Part, num_bytes, random_batches
+from lightning_eoss.curvature.objective import BatchListSource, Objective, Part, num_bytes, random_batches
 from lightning_eoss.curvature.operators import (
+    Graph,
     Sequential,
     agrees_when_stacked,
     difference_product,
     gradient_graph,
     hessian_product,
-    krylov_dtype,
 )
+
+T = TypeVar("T")
 
 Reduction = Literal["mean", "sum", "other"]
 
+_FEW = 32  # samples that a trial takes
+_NOT_FINITE = "The loss is not finite at the first measurement."
+_SUM = (
+    "The loss is a sum over the batch: its sharpness grows with the batch size, and 2/lr compares with the sum that is "
+    "being stepped."
+)
+_FALLBACK = "Products are finite differences of gradients instead: slower, and accurate to a percent or so in float32."
+
 
 def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
-    """How the loss of a batch is made of its samples' losses, found by evaluating two batches of unequal size and their union.
+    """How the loss of a batch is made of its samples' losses, found by evaluating two batches and their union.
 
-    Everything that couples samples or draws random numbers by position (BatchNorm in train mode, class weights, masks, contrastive losses,
-    dropout, random crops) shows as `"other"`: there, a batch must not be split, and means over batches are not the full batch's.
+    Everything that couples samples or draws random numbers by position (BatchNorm in train mode, class weights, masks,
+    contrastive losses, dropout, random crops) shows as `"other"`: there, a batch must not be split, and means over
+    batches are not the full batch's.
 
-    Cost: three gradients of up to five samples.
+    Cost: three gradients of up to 32 samples.
 
     Args:
         objective: The loss and its source.
@@ -43,31 +54,30 @@ def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
         `"mean"` where loss(A + B) = (a loss(A) + b loss(B)) / (a + b) for values and gradients, `"sum"` where it is
         loss(A) + loss(B), else `"other"`.
     """
-    small, large = 2, 3
-    if isinstance(objective.source, BatchListSource) or objective.source.num_samples < small + large:
+    num_samples = min(_FEW, objective.source.num_samples)
+    if isinstance(objective.source, BatchListSource) or num_samples < 3:
         return "other"
-    (whole,) = next(random_batches(objective.source, small + large, seed=seed))
-    first = replace(whole, size=small, indices=whole.indices[:small])
-    second = replace(whole, size=large, indices=whole.indices[small:])
+    (whole,) = next(random_batches(objective.source, num_samples, seed=seed))
+    cut = num_samples // 3  # unequal halves tell a mean of means from a mean
+    first = replace(whole, size=cut, indices=whole.indices[:cut])
+    second = replace(whole, size=num_samples - cut, indices=whole.indices[cut:])
     try:
-        both, one, two = (_value_and_gradient(objective, part) for part in (whole, first, second))
+        both, one, two = (gradient_graph(objective, part, create_graph=False) for part in (whole, first, second))
     except (RuntimeError, ValueError):
         return "other"  # a model that refuses odd batch sizes; a real defect will raise again in the measurement
-    tolerance = 100 * math.sqrt(torch.finfo(both.dtype).eps) if both.dtype == torch.float64 else 1e-3
+    tolerance = min(1e-3, 100 * math.sqrt(torch.finfo(both.loss.dtype).eps))
 
-    def agrees(combined: Tensor) -> bool:
-        return bool((both - combined).norm() <= tolerance * both.norm())
+    def combines(of_one: float, of_two: float) -> bool:
+        """Whether the union's loss and gradient are this combination of the parts'."""
+        terms = ((each.loss, each.gradient) for each in (both, one, two))
+        return all(
+            bool((whole - of_one * first - of_two * second).norm() <= tolerance * max(whole.norm(), second.norm()))
+            for whole, first, second in zip(*terms, strict=True)
+        )
 
-    if agrees((small * one + large * two) / (small + large)):
+    if combines(cut / num_samples, 1 - cut / num_samples):
         return "mean"
-    return "sum" if agrees(one + two) else "other"
-
-
-def _value_and_gradient(objective: Objective, part: Part) -> Tensor:
-    """Loss and gradient as one vector, each scaled by its own norm's share so that both count."""
-    loss = objective.evaluate(part)
-    gradients = torch.autograd.grad(loss, objective.parameters, allow_unused=True)
-    return torch.cat([loss.detach().reshape(1), *(each.detach().reshape(-1) for each in gradients if each is not None)])
+    return "sum" if combines(1.0, 1.0) else "other"
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ class Findings:
 def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: int = 0) -> Findings:
     """Tries the loss on a few samples before anything is measured.
 
-    Cost: some ten gradients and five products of one batch of at most 32 samples (of `batch_size` where the loss is no sample mean).
+    Cost: some ten gradients and five products of one batch of at most 32 samples (of `batch_size` where the loss is no
+    sample mean).
 
     Args:
         objective: The loss and its source.
@@ -99,84 +110,117 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
     Raises:
         ValueError: If the loss is no scalar, or if evaluating it changes the parameters.
     """
-    versions = [parameter._version for parameter in objective.parameters]
-    originals = [parameter.detach().clone() for parameter in objective.parameters]
-    kind = reduction(objective, seed=seed)
-    size = min(batch_size, 32) if kind == "mean" else batch_size
+    kind = _untouched(objective, lambda: reduction(objective, seed=seed))
+    size = min(batch_size, _FEW) if kind == "mean" else batch_size
     (part,) = next(random_batches(objective.source, size, seed=seed))
-    graph = gradient_graph(objective, part)
-    if [parameter._version for parameter in objective.parameters] != versions:
-        for parameter, original in zip(objective.parameters, originals, strict=True):
-            parameter.data.copy_(original)
-        raise ValueError(
-            "Evaluating the loss changed the parameters in place (an optimizer step or a clamp inside training_step?), so a measurement would change "
-            "training. Pass loss_fn=, a function of (module, batch) that returns the loss and changes nothing."
-        )
-    del originals
-    warnings = (
-        []
-        if kind != "sum"
-        else [
-            "The loss is a sum over the batch: its sharpness grows with the batch size, and 2/lr compares with the sum that is being stepped."
-        ]
-    )
+    graph = _untouched(objective, lambda: gradient_graph(objective, part))
     if not bool(torch.isfinite(graph.loss)):
-        return Findings(kind, False, False, 0.0, 0.0, (*warnings, "The loss is not finite at the first measurement."))
-    complaint = _second_derivative(objective, part)
+        return Findings(kind, False, False, 0.0, 0.0, (_NOT_FINITE,))
+    complaint = _second_derivative(objective, part, graph)
     differences = complaint is not None and complaint.startswith("Products")
-    if complaint:
-        warnings.append(complaint)
+    warnings = [_SUM] if kind == "sum" else []
+    stacked = not differences and _worth_stacking(objective) and _stacks(objective, size, parts, seed)
+    return Findings(
+        reduction=kind,
+        differences=differences,
+        stacked=stacked,
+        graph_bytes=_graph_bytes(objective, part),
+        seconds=_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size,
+        warnings=(*warnings, *([complaint] if complaint else [])),
+    )
+
+
+def _untouched(objective: Objective, evaluate: Callable[[], T]) -> T:
+    """Calls a function that must not change the parameters; puts them back and raises where it does."""
+    originals = [parameter.detach().clone() for parameter in objective.parameters]
+    result = evaluate()
+    changed = False
+    for parameter, original in zip(objective.parameters, originals, strict=True):
+        if not torch.allclose(parameter.detach(), original, rtol=0.0, atol=0.0, equal_nan=True):
+            parameter.data.copy_(original)
+            changed = True
+    if changed:
+        raise ValueError(
+            "Evaluating the loss changed the parameters in place (an optimizer step or a clamp inside training_step?), "
+            "so a measurement would change training. Pass loss_fn=, a function of (module, batch) that returns the "
+            "loss and changes nothing."
+        )
+    return result
+
+
+def _seconds(objective: Objective, part: Part, vector: Tensor, differences: bool) -> float:
+    """Time of one product, its graph not counted."""
+    operator = Sequential(objective, [(part,)], differences=differences)
+    operator.losses()
     started = time.perf_counter()
-    Sequential(objective, [(part,)], differences=differences).matvec(graph.gradient[None])
-    seconds = (time.perf_counter() - started) * batch_size * parts / size
-    stacked = not differences and _worth_stacking(objective) and _stacks(objective, batch_size, parts, seed)
-    return Findings(kind, differences, stacked, _graph_bytes(objective, part), seconds, tuple(warnings))
+    float(operator.matvec(vector[None]).norm())  # the number waits for the device
+    return time.perf_counter() - started
 
 
 def _stacks(objective: Objective, batch_size: int, parts: int, seed: int) -> bool:
     """Whether two batches can be stacked."""
-    batches = random_batches(objective.source, min(batch_size, 32), parts=parts, seed=seed)
+    if objective.source.num_samples < batch_size * parts:
+        return False
+    batches = random_batches(objective.source, batch_size, parts=parts, seed=seed)
     return agrees_when_stacked(objective, [next(batches), next(batches)])
 
 
 def _worth_stacking(objective: Objective) -> bool:
-    """Stacking saves launches, not arithmetic: on the CPU it pays for small networks only (`benchmarks/stacking.py`)."""
+    """Stacking saves launches, not arithmetic: on the CPU it pays for small networks only."""
     return objective.parameters[0].device.type != "cpu" or objective.num_parameters < 2**17
 
 
-def _second_derivative(objective: Objective, part: Part) -> str | None:
-    """What is wrong with the network's second derivative, if anything. Begins with `Products` where differences must replace it."""
-    layers = _layers_by_gradient(objective, part)
-    graph = gradient_graph(objective, part)
+def _second_derivative(objective: Objective, part: Part, graph: Graph) -> str | None:
+    """What is wrong with the network's second derivative, if anything: `Products ...` where differences must serve."""
     generator = torch.Generator().manual_seed(part.seed)
-    probe = torch.randn(objective.num_parameters, generator=generator).to(graph.gradient)
-    direction = graph.gradient if bool(graph.gradient.norm() > 0) else probe
-    direction = direction / direction.norm()
-    probe = probe / probe.norm()
-    fallback = (
-        "Products are finite differences of gradients instead: slower, and accurate to a percent or so in float32."
-    )
+    probe = _unit(torch.randn(objective.num_parameters, generator=generator).to(graph.gradient))
+    direction = _unit(graph.gradient) if bool(graph.gradient.norm() > 0) else probe
+    vectors = [direction, probe]
     try:
-        along = hessian_product(objective, graph, direction, keep=True)
-        across = hessian_product(objective, graph, probe, keep=False)
+        images = [hessian_product(objective, graph, vector, keep=True) for vector in vectors]
+        if not bool(images[1].norm() > 0):
+            return None  # the loss is affine, as far as can be seen
+        vectors.append(_unit(images[1]))  # where products are large, asymmetry is seen best
+        images.append(hessian_product(objective, graph, vectors[2], keep=False))
     except RuntimeError as error:  # NotImplementedError included
         reason = str(error).splitlines()[0]
-        culprits = [name for gradient, name in layers.items() if gradient and gradient in _normalised(reason)]
-        where = f"{culprits[0]}: " if culprits else ""
-        return f"Products by autograd are impossible ({where}{reason}). {fallback}"
-    scale = float(along.norm() + across.norm())
-    if abs(float(probe @ along - direction @ across)) > 1e-2 * scale / math.sqrt(len(probe)) + 1e-4 * scale:
+        return f"Products by autograd are impossible ({_culprit(objective, part, reason)}{reason}). {_FALLBACK}"
+    along, sizes = images[0], [float(image.norm()) for image in images]
+    rounding = max(float(torch.finfo(parameter.dtype).eps) for parameter in objective.parameters)
+    if any(
+        abs(float(vectors[j] @ images[i] - vectors[i] @ images[j])) > (1e-3 + 10 * rounding) * (sizes[i] + sizes[j])
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ):
         return (
-            "Products by autograd are not symmetric: some layer's second derivative is silently wrong (once_differentiable functions and "
-            f"weight_norm are known cases). {fallback}"
+            "Products by autograd are not symmetric: some layer's second derivative is silently wrong "
+            f"(once_differentiable functions and weight_norm are known cases). {_FALLBACK}"
         )
-    difference = difference_product(objective, part, direction)
-    if float((along - difference).norm()) > 0.1 * scale:
+    scale = sizes[0] + sizes[2]
+    # Where a network has kinks (ReLU), each of those within a step makes a jump that autograd does not see. They matter
+    # less in projections than in the norm, and a shorter step may miss them.
+    onto = torch.stack([_unit(along), direction])
+    difference = min(
+        float((onto @ (along - difference_product(objective, part, direction, length=length))).abs().max()) / scale
+        for length in (1.0, 0.1, 0.01)
+    )
+    if difference > 0.1 + 10 * rounding ** (2 / 3) * float(graph.gradient.norm()) / scale:
         return (
-            f"The Hessian by autograd and a finite difference of gradients differ by {float((along - difference).norm()) / scale:.0%} of their size. "
+            f"The Hessian by autograd and a finite difference of gradients differ by {difference:.0%} of their size. "
             "Detached targets explain it; else a layer's second derivative is wrong, and so is the sharpness."
         )
     return None
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """The vector with norm 1."""
+    return vector.div(torch.linalg.vector_norm(vector))
+
+
+def _culprit(objective: Objective, part: Part, reason: str) -> str:
+    """The layer that an error message of autograd's is about, if that can be told."""
+    layers = _layers_by_gradient(objective, part)
+    found = [gradient for gradient in layers if gradient and gradient in _normalised(reason)]
+    return f"{layers[max(found, key=len)]}: " if found else ""
 
 
 def _layers_by_gradient(objective: Objective, part: Part) -> dict[str, str]:

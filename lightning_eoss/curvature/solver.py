@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,11 @@ from lightning_eoss.linalg.lanczos import LanczosResult, lanczos, random_start
 NUM_OUTLIERS = 10  # Ritz vectors of the full batch that go into the next start
 MIN_STEPS = 3  # no row stops before: a stale start looks converged at its first step
 MAX_STEPS = 200
+FULL_CHUNK = 256  # samples of the full batch that go through the network at once, where the loss is a mean over samples
+_ROWS = 32  # mini-batches that are solved together, at most
+_NOISE, _OTHERS = 0.3, 0.25  # shares of the random part and of the other outliers, relative to the top eigenvector
+_PRECISER = 10  # times, what is solved from scratch
+_REST = 0.35  # share of what the full batch's start held besides its top eigenvector
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Plan:
 
     @property
     def solver_tol(self) -> float:
-        """Relative residual r at which a row stops; its value then errs by about r^2 over the relative gap, always low."""
+        """Relative residual r at which a row stops; its value errs by about r^2 over the relative gap, always low."""
         return 0.4 * self.rel_error if self.tol is None else self.tol
 
     @property
@@ -42,30 +47,67 @@ class Plan:
         return self.batch_size * self.parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WarmStart:
     """Where the next measurement starts: what the last one found of the spectrum's upper end."""
 
     top: Tensor | None = None  # (P,) unit top eigenvector
     others: Tensor | None = None  # (P,) unit mix of the other outliers, weighted by eigenvalue
 
-    def mixed(self, leads: Tensor, noise: Tensor) -> Tensor:
-        """(B, P) starts: mostly the unit `leads`, some of the other outliers in case they overtake, and a random part."""
-        start = leads + 0.3 * noise
-        return start if self.others is None else start + 0.25 * self.others
+    def mixed(self, noise: Tensor) -> Tensor:
+        """(B, P) starts from unit noise: mostly the top, some of the other outliers in case they overtake."""
+        start = _NOISE * noise
+        if self.others is not None:
+            start = start + _OTHERS * self.others
+        return start if self.top is None else start + self.top
 
-    @staticmethod
-    def after(result: LanczosResult) -> "WarmStart":
-        """From the eigenpairs of the first row."""
+    def after(self, result: LanczosResult) -> "WarmStart":
+        """From the eigenpairs of a result's only row; unchanged where they are not finite."""
         assert result.vectors is not None
         values, vectors = result.values[0], result.vectors[0]
         if not math.isfinite(values[0]):
-            return WarmStart()
+            return self
         weights = torch.nan_to_num(values).clamp(min=0).to(vectors)
         weights[0] = 0.0
         others = weights @ torch.nan_to_num(vectors)
-        norm = float(others.norm())
+        norm = float(torch.linalg.vector_norm(others))
         return WarmStart(vectors[0].clone(), others / norm if norm > 0 else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Lead:
+    r"""Where the recursions of all mini-batches begin, s, and what their first product gives away.
+
+    The first product H_B s yields v'H_B s with the full batch's top eigenvector v: linear in H_B, so its mean over all
+    batches is v'Hs, and nearly v'H_B v, because s is mostly v.
+    """
+
+    start: Tensor  # (P,) unit s
+    top: Tensor  # (P,) unit v
+    mean: float = math.nan  # v'Hs, where the full batch has been measured
+
+    @staticmethod
+    def guessed(warm: WarmStart, noise: Tensor) -> "Lead | None":
+        """From an earlier measurement, and (1, P) unit noise."""
+        start = warm.mixed(noise)[0]
+        return None if warm.top is None else Lead(start / torch.linalg.vector_norm(start), warm.top)
+
+    @staticmethod
+    def known(start: Tensor, result: LanczosResult) -> "Lead":
+        """From the recursion that has just solved the full batch, and its (P,) start.
+
+        s = v + c u, with u the part of that start (random numbers and other outliers) that is orthogonal to v. Both lie
+        in the Krylov space, and Hv - theta v is orthogonal to all of it: v'Hs = theta v's exactly, converged or not.
+        """
+        assert result.vectors is not None
+        top = result.vectors[0, 0]
+        rest = start / torch.linalg.vector_norm(start)
+        for _ in range(2):
+            rest = rest - (rest @ top) * top
+        size = float(torch.linalg.vector_norm(rest))
+        lead = top + _REST / size * rest if size > 1e-3 else top
+        lead = lead / torch.linalg.vector_norm(lead)
+        return Lead(lead, top, float(result.values[0, 0]) * float(lead @ top))
 
 
 @dataclass(frozen=True)
@@ -76,7 +118,7 @@ class Solver:
     plan: Plan
     findings: Findings
     generator: torch.Generator
-    scaling: Scaling = Scaling()
+    scaling: Scaling = field(default_factory=Scaling)
     reduce: Reduce = lambda total: total
     decide: Callable[[Any], Any] = lambda decision: decision
 
@@ -91,29 +133,37 @@ class Solver:
         return self.like.element_size() * self.objective.num_parameters
 
     @property
-    def rows_at_once(self) -> int:
-        """Mini-batches whose graphs and Krylov vectors fit the memory together."""
-        row = self.findings.graph_bytes * self.plan.step_size + 6 * self.vector_bytes
-        return max(1, min(32, int(self.plan.memory_bytes / row)))
+    def step_samples(self) -> int:
+        """Samples of one optimizer step, also where the source is made of ready batches."""
+        source = self.objective.source
+        return round(self.plan.step_size * source.size(range(source.num_samples)) / source.num_samples)
 
     @property
-    def piece(self) -> int:
-        """Samples that go through the network at once where a batch may be split."""
-        if self.findings.reduction != "mean" or self.findings.graph_bytes == 0:
-            return self.plan.batch_size
-        return max(1, min(self.plan.batch_size, int(self.plan.memory_bytes / self.findings.graph_bytes)))
+    def rows_at_once(self) -> int:
+        """Mini-batches whose graphs and Krylov vectors fit the memory together."""
+        row = self.findings.graph_bytes * self.step_samples + 6 * self.vector_bytes
+        return max(1, min(_ROWS, int(self.plan.memory_bytes / row)))
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples of a chunk of the full batch."""
+        return max(self.plan.batch_size, FULL_CHUNK) if self.findings.reduction == "mean" else self.plan.batch_size
 
     def random_starts(self, num_rows: int) -> Tensor:
         """(B, P) starts that know nothing."""
         return random_start(num_rows, self.objective.num_parameters, self.generator, like=self.like)
 
     def operator(self, batches: Sequence[Batch]) -> Operator:
-        """The operator of these batches."""
-        batches = [split(batch, self.piece) for batch in batches]
+        """The operator of these batches, those that are too large for memory in pieces where their loss allows it."""
+        if self.findings.reduction == "mean":
+            piece = max(1, int(self.plan.memory_bytes / max(self.findings.graph_bytes, 1.0)))
+            batches = [split(batch, piece) for batch in batches]
         if self.findings.stacked and len(batches) > 1:
             return Stacked(self.objective, batches, self.scaling, self.reduce)
-        slots = int(self.plan.memory_bytes / (self.findings.graph_bytes * self.piece + self.vector_bytes))
-        slots = max(slots, len(batches)) if all(len(batch) == 1 for batch in batches) else slots
+        largest = max(part.size for batch in batches for part in batch)
+        slots = int(self.plan.memory_bytes / (self.findings.graph_bytes * largest + self.vector_bytes))
+        if all(len(batch) == 1 for batch in batches):
+            slots = max(slots, len(batches))
         return Sequential(self.objective, batches, self.scaling, slots, self.findings.differences, self.reduce)
 
     def solve(self, operator: Operator, starts: Tensor, **options: Any) -> LanczosResult:
@@ -123,9 +173,17 @@ class Solver:
             operator.matvec, starts, restrict=operator.restrict, generator=self.generator, decide=self.decide, **options
         )
 
-    def solve_top(self, operator: Operator, warm: WarmStart) -> LanczosResult:
-        """The one row of an operator, with the other outliers that come along and all their vectors."""
-        noise = self.random_starts(1)
-        start = noise if warm.top is None else warm.mixed(warm.top, noise)
+    def solve_from_scratch(self, operator: Operator, num_rows: int) -> LanczosResult:
+        """The same from random starts, each row from its own, and ten times as precisely.
+
+        Where the second eigenvalue is near, a residual that is not small stands for either of them.
+        """
+        return self.solve(operator, self.random_starts(num_rows), tol=self.plan.solver_tol / _PRECISER)
+
+    def solve_top(self, operator: Operator, warm: WarmStart) -> tuple[LanczosResult, Tensor]:
+        """The one row of an operator, with the other outliers that come along and all their vectors; and its start."""
+        start = warm.mixed(self.random_starts(1))
         steps = max(30, min(MAX_STEPS, int(self.plan.memory_bytes / self.vector_bytes)))
-        return self.solve(operator, start, k=NUM_OUTLIERS, leading=1, vectors=True, max_steps=steps)
+        tol = self.plan.solver_tol / (_PRECISER if warm.top is None else 1)
+        options = {"k": NUM_OUTLIERS, "leading": 1, "vectors": True, "tol": tol, "max_steps": steps}
+        return self.solve(operator, start, **options), start[0]

@@ -1,12 +1,14 @@
 """Lanczos for many symmetric operators at once: extreme eigenvalues with their residuals, from any start.
 
-One call advances B independent Lanczos recursions in lock step, one product with each operator a step. What it is built for:
-operators that cost much (a Hessian-vector product each), good starts (the last eigenvector), and stops at a loose but known
-residual. So each row stops by itself, rows that are done cost nothing more, and every value comes with its residual.
+One call advances B independent Lanczos recursions in lock step, one product with each operator a step. What it is built
+for: operators that cost much (a Hessian-vector product each), good starts (the last eigenvector), and stops at a loose
+but known residual. So each row stops by itself, rows that are done cost nothing more, and every value comes with its
+residual.
 
-The *largest algebraic* eigenvalue is meant, never the largest magnitude: a Ritz value lies inside the spectrum, so it errs low.
-Its residual bounds the distance to the *nearest* eigenvalue; that the nearest is the largest rests on the start having a part
-along the top eigenvector. Mix a random part into every start (Kuczynski & Wozniakowski 1992 bound the probability of failure).
+The *largest algebraic* eigenvalue is meant, never the largest magnitude: a Ritz value lies inside the spectrum, so it
+errs low. Its residual bounds the distance to the *nearest* eigenvalue; that the nearest is the largest rests on the
+start having a part along the top eigenvector. Mix a random part into every start (Kuczynski & Wozniakowski 1992 bound
+the probability of failure).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +20,16 @@ from torch import Tensor
 
 Matvec = Callable[[Tensor], Tensor]
 
+_SEED = 0x9E3779B9  # of new vectors after a breakdown; a caller's start from the same seed would be no news
+_ROUNDING = 10  # times eps and the operator's scale: what is below that is rounding noise
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LanczosResult:
     """Extreme eigenpairs of B symmetric operators, the wanted end first.
 
-    Numbers are float64 on the CPU, whatever the operators' precision and device. Where a row has fewer than k pairs (P < k, or a
-    stop after fewer than k steps) the rest is NaN.
+    Numbers are float64 on the CPU, whatever the operators' precision and device. Where a row has fewer than k pairs
+    (P < k, or a stop after fewer than k steps) the rest is NaN.
     """
 
     values: Tensor  # (B, k) Ritz values
@@ -58,7 +63,7 @@ def random_start(num_rows: int, dim: int, generator: torch.Generator, *, like: T
         [1.0, 1.0]
     """
     directions = torch.randn(num_rows, dim, generator=generator, dtype=torch.float32).to(like)
-    return directions / directions.norm(dim=1, keepdim=True)
+    return directions.div_(torch.linalg.vector_norm(directions, dim=1, keepdim=True))
 
 
 def lanczos(
@@ -72,6 +77,7 @@ def lanczos(
     max_steps: int = 100,
     leading: int | None = None,
     vectors: bool = False,
+    image: Tensor | None = None,
     restrict: Callable[[Sequence[int]], Matvec] | None = None,
     generator: torch.Generator | None = None,
     decide: Callable[[Tensor], Tensor] = lambda done: done,
@@ -81,15 +87,16 @@ def lanczos(
     .. math:: A Q_m = Q_m T_m + \beta_m q_{m+1} e_m^\top, \qquad T_m s = \theta s
         \;\Rightarrow\; \lVert A Q_m s - \theta Q_m s \rVert = \beta_m |s_m|.
 
-    A single value without its vector (``k=1, vectors=False``) needs three vectors a row and no reorthogonalisation: lost
-    orthogonality copies values that have converged already, it makes no wrong ones. Otherwise the basis is kept and every new vector is
-    reorthogonalised twice against all of it, as two matrix products ("twice is enough", Parlett 1980).
+    A single value without its vector (``k=1, vectors=False``) needs three vectors a row and no reorthogonalisation:
+    lost orthogonality copies values that have converged already, it makes no wrong ones. Otherwise the basis is kept
+    and every new vector is reorthogonalised twice against all of it, as two matrix products ("twice is enough", Parlett
+    1980).
 
-    An invariant subspace (the recursion breaks down) proves only that *its* eigenvalues are exact. The row goes on once more from a random
-    vector, so that a start without any part along the top eigenvector is not the end of it.
+    An invariant subspace (the recursion breaks down) proves only that *its* eigenvalues are exact. The row goes on once
+    more from a random vector, so that a start without any part along the top eigenvector is not the end of it.
 
-    Cost: one product a step for each row that is not done, and one small transfer to the host a step for the tridiagonal matrices,
-    which are solved in float64.
+    Cost: one product a step for each row that is not done, and one small transfer to the host a step for the
+    tridiagonal matrices, which are solved in float64.
 
     Args:
         matvec: ``(B, P) -> (B, P)``, row b times operator b. It must not change its argument.
@@ -101,8 +108,9 @@ def lanczos(
         max_steps: No row goes on after.
         leading: How many of the k pairs must be within ``tol`` (default: all of them).
         vectors: Whether to return Ritz vectors. Memory: one P-vector a step and row.
-        restrict: ``restrict(rows)`` gives the product for these rows (their indices in ``start``) alone, so that rows that are done are not
-            multiplied. Without it they are multiplied as zeros.
+        image: ``(B, P)``, the operators times ``start`` where that is known already; saves the first product.
+        restrict: ``restrict(rows)`` gives the product for these rows (their indices in ``start``) alone, so that rows
+            that are done are not multiplied. Without it they are multiplied as zeros.
         generator: Source of the vectors after a breakdown (default: a CPU generator with a fixed seed).
         decide: Passes on which rows are done; several workers that share an operator agree here.
 
@@ -118,156 +126,246 @@ def lanczos(
         >>> [round(float(value), 9) for value in result.values[:, 0]]
         [4.0, 3.0]
     """
-    _check(start, k, which, tol, min_steps, max_steps, leading)
+    _check(start, k, which, tol, min_steps, max_steps, leading, image)
     num_rows, dim = start.shape
     leading = min(leading or k, dim)
     sign = 1.0 if which == "largest" else -1.0
-    generator = generator or torch.Generator().manual_seed(0)
-    reorthogonalise = vectors or k > 1
-    if reorthogonalise:
+    generator = generator or torch.Generator().manual_seed(_SEED)
+    known = 0 if image is None else 1
+    if vectors or k > 1:
         max_steps = min(max_steps, dim)
 
-    values = torch.full((num_rows, k), torch.nan, dtype=torch.float64)
-    residuals, quotients = values.clone(), values[:, 0].clone()
-    converged = torch.zeros(num_rows, dtype=torch.bool)
-    iterations = torch.zeros(num_rows, dtype=torch.int64)
-    ritz = start.new_full((num_rows, k, dim), torch.nan) if vectors else None
-
-    active = torch.arange(num_rows)
-    current = start / start.norm(dim=1, keepdim=True)
-    previous = torch.zeros_like(current)
-    beta = current.new_zeros(num_rows)
-    basis = current.new_empty(num_rows, 0, dim)
-    diagonal = torch.empty(num_rows, 0, dtype=torch.float64)
-    offdiagonal = diagonal.clone()
-    block = torch.zeros(num_rows, dtype=torch.int64)  # where the present Krylov space began: 0, or after a breakdown
-    product = matvec
-
+    result = _unknown(start, k, vectors)
+    recursion = _Recursion.starting(start, keep_basis=vectors or k > 1)
+    product = matvec if image is None else _Known(image / torch.linalg.vector_norm(start, dim=1, keepdim=True))
     for step in range(1, max_steps + 1):
-        image = sign * product(current)
-        alpha = torch.linalg.vecdot(image, current)
-        image = image - alpha[:, None] * current - beta[:, None] * previous
-        if reorthogonalise:
-            basis = _grown(basis, step)
-            basis[:, step - 1] = current
-            for _ in range(2):
-                coefficients = torch.einsum("bmp,bp->bm", basis[:, :step], image)
-                image = image - torch.einsum("bmp,bm->bp", basis[:, :step], coefficients)
-        beta = torch.linalg.vector_norm(image, dim=1)
-
-        alpha_host, beta_host = torch.stack([alpha, beta]).to("cpu", torch.float64)
-        diagonal = torch.cat([diagonal, alpha_host[:, None]], dim=1)
-        scale = torch.maximum(diagonal.abs().amax(1), torch.cat([offdiagonal, beta_host[:, None]], 1).abs().amax(1))
-        finite = torch.isfinite(scale)
-        negligible = torch.finfo(start.dtype).eps * scale
-        broken = beta_host <= 10 * negligible
-        iterations[active] = step
+        recursion.advance(product(recursion.current), sign)
+        ritz = recursion.ritz()
         if step == 1:
-            quotients = sign * alpha_host
-
-        done = ~finite | torch.full_like(finite, step == max_steps)
-        if step >= min_steps or bool((broken | done).any()):
-            tridiagonal = _tridiagonal(diagonal, offdiagonal, finite)
-            theta, weights = (pairs.flip(-1) for pairs in torch.linalg.eigh(tridiagonal))
-            found = torch.where(broken, 0.0, beta_host)[:, None] * weights[:, -1, :].abs()
-            within = _within(theta, found, tol, negligible, leading)
-            # After a breakdown the earlier blocks are exact; the residual of the present one's own top must be small, too.
-            own = _top_of_block(theta, weights, block)
-            within &= (found.gather(1, own) <= tol * theta.gather(1, own).abs() + 10 * negligible[:, None])[:, 0]
-            exhausted = broken & (
-                (block > 0) & (theta.gather(1, own)[:, 0] <= theta[:, min(leading, step) - 1]) | (step >= dim)
-            )
-            exhausted &= torch.tensor(step >= leading)
-            within = within & ~broken & (step >= min_steps) | exhausted
-            done = decide(done | within)
-            if bool(done.any()):
-                rows, pairs = active[done], min(k, step)
-                values[rows, :pairs] = sign * torch.where(finite[done, None], theta[done, :pairs], torch.nan)
-                residuals[rows, :pairs] = torch.where(finite[done, None], found[done, :pairs], torch.nan)
-                converged[rows] = (within & finite)[done]
-                if ritz is not None:
-                    combination = weights[done, :, :pairs].to(basis)
-                    raw = torch.einsum("bmp,bmk->bkp", basis[done.to(basis.device), :step], combination)
-                    ritz[rows.to(ritz.device), :pairs] = raw / raw.norm(dim=2, keepdim=True)
-                if bool(done.all()):
-                    break
-                keep = ~done
-                kept = keep.nonzero()[:, 0].to(current.device)
-                active, diagonal, offdiagonal, block = active[keep], diagonal[keep], offdiagonal[keep], block[keep]
-                broken, beta_host, beta = broken[keep], beta_host[keep], beta[kept]
-                image, current = image[kept], current[kept]
-                basis = basis[kept] if reorthogonalise else basis
-                product = restrict(active.tolist()) if restrict else _padded(matvec, active, num_rows)
-
-        previous, current = current, image / torch.where(beta > 0, beta, torch.ones_like(beta))[:, None]
-        if bool(broken.any()):
-            current = _restarted(current, broken, basis[:, :step], generator)
-            block = torch.where(broken, step, block)
-            beta_host = torch.where(broken, 0.0, beta_host)
-            beta = beta_host.to(beta)
-        offdiagonal = torch.cat([offdiagonal, beta_host[:, None]], dim=1)
-
-    return LanczosResult(values, residuals, converged, iterations, quotients, ritz)
+            result.start_quotients.copy_(sign * recursion.diagonal[:, 0])
+            product = matvec
+        settled = ritz.exhausted(leading, dim) | (ritz.within(tol, leading) if step >= min_steps else False)
+        done = decide(settled | ~ritz.finite) if step < max_steps else torch.ones_like(settled)
+        result.iterations[recursion.rows] = step - known
+        if bool(done.any()):
+            _record(result, recursion, ritz, done, settled, sign)
+            if bool(done.all()):
+                break
+            recursion.keep(~done)
+            rows = recursion.rows.tolist()
+            product = restrict(rows) if restrict else _padded(matvec, recursion.rows, num_rows)
+        recursion.turn(ritz.broken[~done], generator)
+    return result
 
 
-def _check(start: Tensor, k: int, which: str, tol: float, min_steps: int, max_steps: int, leading: int | None) -> None:
+class _Known:
+    """A product that has been taken already."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return self.image
+
+
+@dataclass(eq=False)
+class _Recursion:
+    """The A recursions that go on, of B that began; after step m."""
+
+    rows: Tensor  # (A,) which of the B they are
+    current: Tensor  # (A, P) q_m; between `advance` and `turn` beta_m q_{m+1}
+    previous: Tensor  # (A, P) q_{m-1}; between `advance` and `turn` q_m
+    beta: Tensor  # (A,) the factor between these two, on their device
+    basis: Tensor | None  # (A, at least m, P) all of q_1 ... q_m, where they are needed
+    diagonal: Tensor  # (A, m) alpha, float64 on the CPU as the following
+    offdiagonal: Tensor  # (A, m) beta; its last entry leads out of the Krylov space
+    block: Tensor  # (A,) where the present Krylov space began: 0, or the step of the last breakdown
+
+    @staticmethod
+    def starting(start: Tensor, *, keep_basis: bool) -> "_Recursion":
+        """Step 0."""
+        num_rows, dim = start.shape
+        none = torch.empty(num_rows, 0, dtype=torch.float64)
+        return _Recursion(
+            rows=torch.arange(num_rows),
+            current=start / torch.linalg.vector_norm(start, dim=1, keepdim=True),
+            previous=torch.zeros_like(start),
+            beta=start.new_zeros(num_rows),
+            basis=start.new_empty(num_rows, 0, dim) if keep_basis else None,
+            diagonal=none,
+            offdiagonal=none,
+            block=torch.zeros(num_rows, dtype=torch.int64),
+        )
+
+    def advance(self, image: Tensor, sign: float) -> None:
+        """One step, from the products of the current vectors."""
+        image = sign * image if sign != 1 else image
+        alpha = torch.linalg.vecdot(image, self.current)
+        rest = torch.addcmul(image, self.current, -alpha[:, None])  # new memory: the image may be anyone's
+        rest.addcmul_(self.previous, -self.beta[:, None])
+        if self.basis is not None:
+            known = self.diagonal.shape[1]
+            self.basis = _with_room(self.basis, known + 1)
+            self.basis[:, known] = self.current
+            rest = _orthogonalised(rest, self.basis[:, : known + 1])
+        self.beta = torch.linalg.vector_norm(rest, dim=1)
+        self.previous, self.current = self.current, rest
+        coefficients = torch.stack([alpha, self.beta]).to("cpu", torch.float64)
+        self.diagonal = torch.cat([self.diagonal, coefficients[0, :, None]], dim=1)
+        self.offdiagonal = torch.cat([self.offdiagonal, coefficients[1, :, None]], dim=1)
+
+    def ritz(self) -> "_Ritz":
+        """Eigenpairs of the tridiagonal matrices."""
+        inner, last = self.offdiagonal[:, :-1], self.offdiagonal[:, -1]
+        scale = torch.maximum(self.diagonal.abs().amax(1), self.offdiagonal.abs().amax(1))
+        noise = _ROUNDING * torch.finfo(self.current.dtype).eps * scale
+        finite, broken = torch.isfinite(scale), last <= noise
+        matrix = torch.diag_embed(self.diagonal) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
+        values, weights = torch.linalg.eigh(torch.where(finite[:, None, None], matrix, 0.0))
+        values, weights = values.flip(-1), weights.flip(-1)
+        residuals = torch.where(broken, 0.0, last)[:, None] * weights[:, -1, :].abs()
+        return _Ritz(values, weights, residuals, noise, finite, broken, self.block)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows only (a mask)."""
+        here = rows.nonzero()[:, 0].to(self.current.device)
+        self.current, self.previous, self.beta = self.current[here], self.previous[here], self.beta[here]
+        self.basis = None if self.basis is None else self.basis[here]
+        self.rows, self.block = self.rows[rows], self.block[rows]
+        self.diagonal, self.offdiagonal = self.diagonal[rows], self.offdiagonal[rows]
+
+    def turn(self, broken: Tensor, generator: torch.Generator) -> None:
+        """To the next vectors: the normalised rest, or random ones after a breakdown."""
+        self.current.div_(torch.where(self.beta > 0, self.beta, 1.0)[:, None])
+        if not bool(broken.any()):
+            return
+        fresh = random_start(self.current.shape[0], self.current.shape[1], generator, like=self.current)
+        if self.basis is not None:
+            fresh = _orthogonalised(fresh, self.basis[:, : self.diagonal.shape[1]])
+            fresh = fresh / torch.linalg.vector_norm(fresh, dim=1, keepdim=True)
+        there = broken.to(self.current.device)
+        self.current = torch.where(there[:, None], fresh, self.current)
+        self.beta = torch.where(there, 0.0, self.beta)
+        self.offdiagonal[broken, -1] = 0.0
+        self.block = torch.where(broken, self.diagonal.shape[1], self.block)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ritz:
+    """The m Ritz pairs of A recursions, largest first (of the negated operators where the smallest are wanted)."""
+
+    values: Tensor  # (A, m)
+    weights: Tensor  # (A, m, m) their vectors in the Lanczos basis, one a column
+    residuals: Tensor  # (A, m)
+    noise: Tensor  # (A,) rounding noise of the operator
+    finite: Tensor  # (A,) bool
+    broken: Tensor  # (A,) bool: the Krylov space is invariant
+    block: Tensor  # (A,) where the present Krylov space began
+
+    def within(self, tol: float, leading: int) -> Tensor:
+        """(A,) whether the leading residuals are within tol, and not because the space has just turned out invariant.
+
+        After a breakdown the pairs of earlier blocks are exact. The present one's own top must be within tol, too.
+        """
+        if self.values.shape[1] < leading:
+            return torch.zeros_like(self.broken)
+        small = self.residuals <= tol * self.values.abs() + self.noise[:, None]
+        return small[:, :leading].all(1) & small.gather(1, self.own)[:, 0] & self.finite & ~self.broken
+
+    def exhausted(self, leading: int, dim: int) -> Tensor:
+        """(A,) whether nothing is left to be found: the whole space is known, or a random vector found nothing new."""
+        size = self.values.shape[1]
+        if size < leading:
+            return torch.zeros_like(self.broken)
+        nothing_new = (self.block > 0) & (self.values.gather(1, self.own)[:, 0] <= self.values[:, leading - 1])
+        return self.broken & self.finite & (nothing_new | (size >= dim))
+
+    @property
+    def own(self) -> Tensor:
+        """(A, 1) index of the largest Ritz value whose vector lies in the present Krylov space."""
+        inside = torch.arange(self.values.shape[1]) >= self.block[:, None]
+        share = (self.weights.square() * inside[:, :, None]).sum(1)
+        return torch.where(share > 0.5, self.values, -torch.inf).argmax(1, keepdim=True)
+
+
+def _unknown(start: Tensor, k: int, vectors: bool) -> LanczosResult:
+    """A result that is still to be filled in."""
+    num_rows, dim = start.shape
+    values = torch.full((num_rows, k), torch.nan, dtype=torch.float64)
+    return LanczosResult(
+        values=values,
+        residuals=values.clone(),
+        converged=torch.zeros(num_rows, dtype=torch.bool),
+        iterations=torch.zeros(num_rows, dtype=torch.int64),
+        start_quotients=values[:, 0].clone(),
+        vectors=start.new_full((num_rows, k, dim), torch.nan) if vectors else None,
+    )
+
+
+def _record(
+    result: LanczosResult, recursion: _Recursion, ritz: _Ritz, done: Tensor, settled: Tensor, sign: float
+) -> None:
+    """Fills in the rows that are done."""
+    good = done & ritz.finite
+    rows, pairs = recursion.rows[good], min(result.values.shape[1], ritz.values.shape[1])
+    result.values[rows, :pairs] = sign * ritz.values[good, :pairs]
+    result.residuals[rows, :pairs] = ritz.residuals[good, :pairs]
+    result.converged[rows] = settled[good]
+    if result.vectors is not None and recursion.basis is not None:
+        basis = recursion.basis[good.to(recursion.basis.device), : ritz.values.shape[1]]
+        raw = torch.einsum("bmp,bmk->bkp", basis, ritz.weights[good, :, :pairs].to(basis))
+        result.vectors[rows.to(raw.device), :pairs] = raw / torch.linalg.vector_norm(raw, dim=2, keepdim=True)
+
+
+def _with_room(basis: Tensor, size: int) -> Tensor:
+    """The basis with room for `size` vectors: doubled when full, so that memory follows the steps really taken."""
+    if basis.shape[1] >= size:
+        return basis
+    return torch.cat([basis, basis.new_zeros(len(basis), max(4, size - 1), basis.shape[2])], dim=1)
+
+
+def _orthogonalised(vectors: Tensor, basis: Tensor) -> Tensor:
+    """(A, P) vectors without their parts along an orthonormal basis (A, m, P); twice, because once leaves rounding."""
+    for _ in range(2):
+        vectors = vectors - torch.einsum("bmp,bm->bp", basis, torch.einsum("bmp,bp->bm", basis, vectors))
+    return vectors
+
+
+def _padded(matvec: Matvec, rows: Tensor, num_rows: int) -> Matvec:
+    """The product for some rows through one that wants all rows."""
+
+    def product(vectors: Tensor) -> Tensor:
+        index = rows.to(vectors.device)
+        return matvec(vectors.new_zeros(num_rows, vectors.shape[1]).index_copy(0, index, vectors))[index]
+
+    return product
+
+
+def _check(
+    start: Tensor,
+    k: int,
+    which: str,
+    tol: float,
+    min_steps: int,
+    max_steps: int,
+    leading: int | None,
+    image: Tensor | None,
+) -> None:
     """Refuses arguments out of range."""
     if start.ndim != 2 or 0 in start.shape or not start.is_floating_point():
         raise ValueError(
             f"start must be a floating-point (B, P) tensor, got {start.dtype} of shape {tuple(start.shape)}."
         )
+    if image is not None and (image.shape != start.shape or image.dtype != start.dtype):
+        raise ValueError(
+            f"image must be the product of start, {start.dtype} of shape {tuple(start.shape)}, "
+            f"got {image.dtype} of shape {tuple(image.shape)}."
+        )
     if which not in ("largest", "smallest"):
         raise ValueError(f"which={which!r} is not an end of the spectrum: use 'largest' or 'smallest'.")
-    if tol < 0:
+    if not tol >= 0:
         raise ValueError(f"tol={tol} is a relative residual and cannot be negative.")
     if not 1 <= min_steps <= max_steps:
         raise ValueError(f"min_steps={min_steps} and max_steps={max_steps} must satisfy 1 <= min_steps <= max_steps.")
-    if k < 1 or not 1 <= (leading or k) <= k:
+    if k < 1 or not 1 <= (k if leading is None else leading) <= k:
         raise ValueError(f"k={k} and leading={leading} must satisfy 1 <= leading <= k.")
-
-
-def _grown(basis: Tensor, step: int) -> Tensor:
-    """The basis with room for `step` vectors: doubled when full, so that memory follows the steps really taken."""
-    if basis.shape[1] >= step:
-        return basis
-    return torch.cat([basis, basis.new_zeros(len(basis), max(4, step - 1), basis.shape[2])], dim=1)
-
-
-def _tridiagonal(diagonal: Tensor, offdiagonal: Tensor, finite: Tensor) -> Tensor:
-    """(A, m, m) symmetric matrices from (A, m) and (A, m - 1) coefficients; zeros where they are not finite."""
-    matrix = torch.diag_embed(diagonal)
-    if offdiagonal.shape[1]:
-        matrix = matrix + torch.diag_embed(offdiagonal, 1) + torch.diag_embed(offdiagonal, -1)
-    return torch.where(finite[:, None, None], matrix, 0.0)
-
-
-def _within(theta: Tensor, found: Tensor, tol: float, negligible: Tensor, leading: int) -> Tensor:
-    """(A,) whether the leading residuals are within tol; rounding noise of the operator's scale always is."""
-    if theta.shape[1] < leading:
-        return torch.zeros(len(theta), dtype=torch.bool)
-    return (found <= tol * theta.abs() + 10 * negligible[:, None])[:, :leading].all(1)
-
-
-def _top_of_block(theta: Tensor, weights: Tensor, block: Tensor) -> Tensor:
-    """(A, 1) index of the largest Ritz value whose vector lies in the present Krylov space."""
-    inside = torch.arange(theta.shape[1])[None, :] >= block[:, None]
-    share = (weights.square() * inside[:, :, None]).sum(1)
-    return torch.where(share > 0.5, theta, -torch.inf).argmax(1, keepdim=True)
-
-
-def _padded(matvec: Matvec, active: Tensor, num_rows: int) -> Matvec:
-    """The product for the active rows through one that wants all rows."""
-
-    def product(vectors: Tensor) -> Tensor:
-        rows = active.to(vectors.device)
-        return matvec(vectors.new_zeros(num_rows, vectors.shape[1]).index_copy(0, rows, vectors))[rows]
-
-    return product
-
-
-def _restarted(current: Tensor, broken: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
-    """Random unit vectors, orthogonal to the basis where one is kept, in the rows that broke down."""
-    fresh = random_start(len(current), current.shape[1], generator, like=current)
-    for _ in range(2 if basis.shape[1] else 0):
-        fresh = fresh - torch.einsum("bmp,bm->bp", basis, torch.einsum("bmp,bp->bm", basis, fresh))
-    return torch.where(broken.to(current.device)[:, None], fresh / fresh.norm(dim=1, keepdim=True), current)

@@ -117,7 +117,7 @@ def _sgd(optimizer: Optimizer) -> StabilityLimits | NoLimits:
         if group["maximize"]:
             return NoLimits("maximize=True climbs the loss, which turns the sign of its Hessian")
         if group["momentum"] >= 1:
-            return NoLimits(f"momentum={group['momentum']} keeps every oscillation alive, whatever the curvature")
+            return NoLimits(f"momentum={group['momentum']} is not below 1, where the formula of the limit ends")
         if group["momentum"] and group["dampening"] > 1:
             return NoLimits(f"dampening={group['dampening']} turns the sign of the gradient")
     return StabilityLimits(

@@ -1,4 +1,4 @@
-"""What a measurement may cost: estimates before the first one, and the cut where they exceed the limit."""
+"""What a measurement is to be and may cost: estimates before the first one, and the cut where they exceed the limit."""
 
 from dataclasses import replace
 
@@ -52,3 +52,25 @@ def affordable(
         "full": COLD_PRODUCTS * full / plan.step_size * product,
     }
     return plan, costs, message if cuts else ""
+
+
+def described(plan: Plan, num_samples: int, num_parameters: int, seconds: float, schedule: str) -> list[str]:
+    """Says what is going to be measured.
+
+    Args:
+        plan: The plan, cut to what may be spent.
+        num_samples: Samples there are.
+        num_parameters: P.
+        seconds: What a full measurement is expected to take.
+        schedule: When, in words.
+
+    Returns:
+        Clauses without a full stop.
+    """
+    full = min(plan.full_batch_samples or num_samples, num_samples)
+    samples = "all" if full == num_samples else f"a fixed random subset of {full:,} of"
+    return [
+        f"MiniBS(b={plan.step_size}) over at most {plan.num_batches} mini-batches, "
+        f"FullBS on {samples} {num_samples:,} samples, P = {num_parameters:,}",
+        f"a full measurement takes about {seconds:.2g} s; {schedule}",
+    ]

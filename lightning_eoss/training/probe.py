@@ -4,6 +4,7 @@ Modules and trainers are recognised by what they can do, not by their class: `li
 are the same code under two names. This and `quiet` are the only places that touch private members of Lightning.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import (
     Batch,
     BatchListSource,
@@ -42,12 +44,11 @@ _ELSEWHERE = (
 )
 
 
-# ---- what is refused
-# -----------------------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | None) -> None:
-    """Raises where a monitor cannot work, before training begins.
+    """Raises at `setup` where a monitor cannot work.
 
     Args:
         trainer: The Trainer.
@@ -70,11 +71,6 @@ def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | N
             "each would measure its own share of the data. "
             f"Train with devices=1, or: {_ELSEWHERE}"
         )
-    if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-        raise MisconfigurationException(
-            f"{name} found no parameter with requires_grad=True in {type(pl_module).__name__}, "
-            "so the loss has no Hessian. Unfreeze what is trained."
-        )
     if loss_fn is not None:
         return
     hint = "Pass loss_fn=, a function of (pl_module, batch) that returns the loss to be stepped on and changes nothing."
@@ -83,9 +79,26 @@ def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | N
             f"{name} cannot evaluate a module with automatic_optimization=False: its training_step would step "
             f"the optimizer. {hint}"
         )
-    if "dataloader_iter" in inspect.signature(_training_step(pl_module)).parameters:
+    if not sees_batches(pl_module):
         raise MisconfigurationException(
             f"{name} cannot evaluate training_step(dataloader_iter): it would take batches away from training. {hint}"
+        )
+
+
+def refuse_frozen(pl_module: nn.Module, name: str) -> None:
+    """Raises at `on_fit_start` where nothing is trained; before, a module need not have made its parameters.
+
+    Args:
+        pl_module: The module about to be trained.
+        name: The callback's name, for the message.
+
+    Raises:
+        MisconfigurationException: With the way out.
+    """
+    if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+        raise MisconfigurationException(
+            f"{name} found no parameter with requires_grad=True in {type(pl_module).__name__}, "
+            "so the loss has no Hessian. Unfreeze what is trained."
         )
 
 
@@ -116,7 +129,6 @@ def cautions(trainer: Any, pl_module: nn.Module) -> list[str]:
 
 
 # ---- its loss --------------------------------------------------------------------------------------------------------
-# ----------------
 
 
 def training_loss(
@@ -137,28 +149,34 @@ def training_loss(
     step = _training_step(pl_module)
     wants_index = len(inspect.signature(step).parameters) >= 2
 
+    device = next(pl_module.parameters()).device.type
+
     def loss(batch: Any) -> Any:
-        if loss_fn is not None:
-            return loss_fn(pl_module, batch)
-        output = step(batch, batch_idx) if wants_index else step(batch)
-        return output.get("loss") if isinstance(output, Mapping) else output
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            if not as_trained:  # of the plugin's context only the autocast goes, a default dtype stays
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if loss_fn is not None:
+                return loss_fn(pl_module, batch)
+            output = step(batch, batch_idx) if wants_index else step(batch)
+            return output.get("loss") if isinstance(output, Mapping) else output
 
-    def autocast_loss(batch: Any) -> Any:
-        with trainer.precision_plugin.train_step_context():
-            return loss(batch)
+    return loss
 
-    return autocast_loss if as_trained else loss
+
+def sees_batches(pl_module: nn.Module) -> bool:
+    """Whether hooks see the batch that comes; a training_step with a `dataloader_iter` fetches it only later."""
+    return "dataloader_iter" not in inspect.signature(_training_step(pl_module)).parameters
 
 
 def _training_step(pl_module: nn.Module) -> Callable[..., Any]:
     """The module's own training_step, not the compiled one."""
     context: Any = getattr(pl_module, "_compiler_ctx", None) or {}
-    step: Callable[..., Any] = context.get("original_training_step") or pl_module.training_step
-    return step
+    step: Any = context.get("original_training_step") or pl_module.training_step
+    return step  # type: ignore[no-any-return]
 
 
 # ---- its data --------------------------------------------------------------------------------------------------------
-# ----------------
 
 
 @dataclass(frozen=True)
@@ -166,13 +184,17 @@ class TrainingData:
     """A second way to the samples that training draws from."""
 
     source: Source
-    batch_size: int  # of a loader batch
+    batch_size: int  # of a loader batch; 1 where the source counts ready batches
     objects: tuple[Any, ...]  # that loading may change
     sampler: Any = None  # a batch sampler that is not uniform; None: batches are uniform without replacement
 
 
 def training_data(
-    trainer: Any, pl_module: nn.Module, name: str, dataloader: Iterable[Any] | None = None
+    trainer: Any,
+    pl_module: nn.Module,
+    name: str,
+    dataloader: Iterable[Any] | None = None,
+    max_samples: int | None = None,
 ) -> TrainingData:
     """The samples that training can draw, reached past its live iterator.
 
@@ -181,6 +203,7 @@ def training_data(
         pl_module: Its module, whose transfer hooks are applied.
         name: The callback's name, for messages.
         dataloader: Other data, a DataLoader or an iterable of batches.
+        max_samples: Where batches have to be kept, how many samples of them; None: all.
 
     Returns:
         The data.
@@ -194,25 +217,36 @@ def training_data(
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # type: ignore[operator]
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
-    if dataloader is None:
+    loader, reach = dataloader, None
+    if loader is None:
         loaders = trainer.fit_loop._combined_loader.flattened
-        if len(loaders) != 1 or not _indexable(loaders[0]):
-            what = f"{len(loaders)} training loaders" if len(loaders) != 1 else _kind(loaders[0])
+        loader = loaders[0]
+        if len(loaders) != 1 or not _indexable(loader):
+            what = f"{len(loaders)} training loaders" if len(loaders) != 1 else _kind(loader)
             raise MisconfigurationException(
                 f"{name} cannot read {what} a second time without disturbing training. Pass dataloader=, "
-                "a loader (or a list) of the batches that "
-                "training_step gets, on data to measure on."
+                "a loader (or a list) of the batches that training_step gets, on data to measure on."
             )
-        return _indexed(loaders[0], transfer, _reach(trainer, loaders[0]))
-    if _indexable(dataloader):
-        return _indexed(dataloader, transfer, None)
-    batches = list(islice(dataloader, 8192))
+        reach = _reach(trainer, loader)
+    with isolated(pl_module, [loader]):  # iterating a loader or a sampler draws from generators
+        if _indexable(loader):
+            return _indexed(loader, transfer, reach)
+        batches = list(_first_samples(loader, max_samples))
     if not batches:
         raise MisconfigurationException(
             f"{name} got dataloader={dataloader!r}, which has no batches. Pass data to measure on."
         )
-    sizes = [num_samples_of(batch) for batch in batches]
-    return TrainingData(BatchListSource(batches, sizes, transfer), 1, ())
+    return TrainingData(BatchListSource(batches, [num_samples_of(batch) for batch in batches], transfer), 1, ())
+
+
+def _first_samples(batches: Iterable[Any], count: int | None) -> Iterator[Any]:
+    """Batches until so many samples have come."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += num_samples_of(batch)
+        if count is not None and seen >= count:
+            return
 
 
 def _indexable(loader: Any) -> bool:
@@ -236,12 +270,9 @@ def _kind(loader: Any) -> str:
 
 def _reach(trainer: Any, loader: Any) -> int | None:
     """Samples from the first on that a sequential pass comes to under limit_train_batches; None: all."""
-    sequential = isinstance(loader.sampler, SequentialSampler)
-    return (
-        trainer.num_training_batches * (loader.batch_size or 1)
-        if sequential and trainer.num_training_batches != float("inf")
-        else None
-    )
+    if not isinstance(loader.sampler, SequentialSampler) or trainer.num_training_batches == float("inf"):
+        return None
+    return int(trainer.num_training_batches) * (loader.batch_size or 1)
 
 
 def _indexed(loader: Any, transfer: Callable[[Any], Any], reach: int | None) -> TrainingData:
@@ -254,7 +285,7 @@ def _indexed(loader: Any, transfer: Callable[[Any], Any], reach: int | None) -> 
     elif plain and type(sampler) is SequentialSampler and reach is not None and reach < len(dataset):
         population = range(reach)
     uniform = plain and type(sampler) in (RandomSampler, SequentialSampler, SubsetRandomSampler)
-    batch_size = getattr(batch_sampler, "batch_size", None) or len(next(iter(copy.copy(batch_sampler))))
+    batch_size = getattr(batch_sampler, "batch_size", None) or len(next(iter(_reseeded(batch_sampler, 0))))
     collate = loader.collate_fn
     return TrainingData(
         source=DatasetSource(dataset, collate, transfer, population),
@@ -276,26 +307,21 @@ def sampler_batches(data: TrainingData, *, parts: int, count: int, seed: int) ->
     Returns:
         At most `count` batches; a short last loader batch is left out.
     """
-    indices: list[tuple[int, ...]] = []
-    for epoch in range(count * parts):
-        drawn = [
-            tuple(each)
-            for each in islice(_reseeded(data.sampler, derived_seed(seed, epoch)), count * parts - len(indices))
-        ]
-        indices += [each for each in drawn if len(each) == data.batch_size]
-        if not drawn or len(indices) >= count * parts:
+    wanted, found = count * parts, list[tuple[int, ...]]()
+    for epoch in range(wanted):
+        drawn = [tuple(each) for each in islice(_reseeded(data.sampler, derived_seed(seed, epoch)), wanted)]
+        found += [each for each in drawn if len(each) == data.batch_size]
+        if not drawn or len(found) >= wanted:
             break
-    pieces = [
-        Part(1 / parts, len(each), each, derived_seed(seed, 2**31 + number)) for number, each in enumerate(indices)
-    ]
-    return (tuple(pieces[first : first + parts]) for first in range(0, len(pieces) - parts + 1, parts))
+    pieces = [Part(1 / parts, len(each), each, derived_seed(seed, 2**31 + index)) for index, each in enumerate(found)]
+    return (tuple(pieces[first : first + parts]) for first in range(0, min(len(pieces), wanted) - parts + 1, parts))
 
 
-def _reseeded(sampler: Any, seed: int) -> Iterable[Any]:
-    """A copy of a batch sampler that draws from generators of its own."""
+def _reseeded(sampler: Any, seed: int) -> Any:
+    """A copy of a sampler that draws from a torch generator of its own; others are seeded with the isolation."""
     twin = copy.copy(sampler)
-    for name, value in vars(twin).items():
-        if isinstance(value, torch.Generator) or name == "generator":
+    for name, value in getattr(twin, "__dict__", {}).items():
+        if isinstance(value, torch.Generator) or (name == "generator" and value is None):
             setattr(twin, name, torch.Generator().manual_seed(seed))
         elif name == "sampler":
             setattr(twin, name, _reseeded(value, seed))
@@ -317,8 +343,7 @@ def logging_step(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-# ---- its learning rates
-# --------------------------------------------------------------------------------------------------------------
+# ---- its learning rates ----------------------------------------------------------------------------------------------
 
 
 def applied_limits(trainer: Any) -> StabilityLimits | NoLimits:

@@ -16,8 +16,8 @@ _SPEAKERS = ("log", "log_dict", "print")
 def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterator[Isolation]:
     """`curvature.isolation.isolated` for a module in a Trainer.
 
-    On top of it, `self.log`, `self.log_dict` and `self.print` do nothing (of every module inside that has them), and
-    loggers swallow what they are told: neither values nor results nor synchronisation come from a measurement.
+    On top of it, `self.log`, `self.log_dict` and `self.print` do nothing (of every LightningModule inside), and loggers
+    swallow what they are told: neither values nor results nor synchronisation come from a measurement.
 
     Args:
         trainer: The Trainer that runs.
@@ -29,8 +29,8 @@ def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterato
     """
     with contextlib.ExitStack() as stack:
         for module in pl_module.modules():
-            for name in _SPEAKERS:
-                if callable(getattr(type(module), name, None)):
+            if all(hasattr(type(module), name) for name in _SPEAKERS):  # a `log` alone may well be a logarithm
+                for name in _SPEAKERS:
                     _shadow(stack, module, name)
         loggers = trainer.loggers
         stack.callback(setattr, trainer, "loggers", loggers)

@@ -1,20 +1,45 @@
 """When to measure: pure functions of a step number or of a clock.
 
-Every quantity keeps a ledger of what it has cost. Under a share of wall time it is measured again as soon as its own
-part of the share pays for it, so cheap quantities come often and dear ones seldom, and the sum of all stays at the
-share.
+Under a share of wall time all quantities draw on one budget. Among them it is divided evenly, so cheap quantities come
+often and dear ones seldom; what one cannot use, because training steps are too far apart for it, the others get.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What one quantity has cost since fit began, and what it is expected to cost next."""
+    """What is known of the cost of one quantity."""
 
-    spent: float = 0.0  # seconds
-    cost: float = 0.0  # seconds of the next measurement
+    cost: float = 0.0  # seconds that the next measurement is expected to take
     count: int = 0  # measurements so far
+
+
+def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_seconds: float) -> None:
+    """Refuses schedules that make no sense.
+
+    Args:
+        every_n_train_steps: Steps between two measurements.
+        overhead: Share of the wall time.
+        max_seconds: Upper limit of one measurement.
+
+    Raises:
+        ValueError: If both schedules are given, or one of the numbers is out of its range.
+    """
+    if every_n_train_steps is not None and overhead is not None:
+        raise ValueError(
+            f"every_n_train_steps={every_n_train_steps} and overhead={overhead} are two schedules: "
+            "choose one, or neither for overhead=0.05."
+        )
+    if every_n_train_steps is not None and every_n_train_steps < 1:
+        raise ValueError(
+            f"every_n_train_steps={every_n_train_steps} must be at least 1; leave it out for a share of wall time."
+        )
+    if overhead is not None and not 0 < overhead < 1:
+        raise ValueError(f"overhead={overhead} is a share of the wall time and must lie between 0 and 1, as 0.05 does.")
+    if not max_seconds > 0:
+        raise ValueError(f"max_seconds={max_seconds} must be positive: it is the upper limit of one measurement.")
 
 
 def due_by_step(step: int, every_n_steps: int) -> bool:
@@ -34,32 +59,47 @@ def due_by_step(step: int, every_n_steps: int) -> bool:
     return step % every_n_steps == 0
 
 
-def due_by_share(ledger: Ledger, elapsed: float, share: float, *, free_first: float = 0.0) -> bool:
-    r"""Whether a share of the wall time pays for one more measurement.
+def due_by_share(
+    ledgers: Mapping[str, Ledger], spent: float, elapsed: float, share: float, *, eager: float = 0.0
+) -> frozenset[str]:
+    r"""The quantities that a share of the wall time pays for now.
+
+    Something is measured as soon as
 
     .. math:: \text{spent} + \text{cost} \le \text{share} \cdot (\text{elapsed} + \text{cost}),
 
     both sides as they will be when the measurement ends. Just after the n-th of equal measurements their share is then
     just below `share`, and just before the next one n / (n + 1) of it.
 
+    The quantity on which least is spent comes first, reckoned at its present cost: the first measurement starts from
+    nothing, and is not held against it. While that one cannot be paid, no cheaper one takes its turn. A quantity brings
+    along those before it in `ledgers`: differences (MiniBS - FullBS) need both at one step.
+
     Args:
-        ledger: What the quantity has cost.
+        ledgers: What each quantity costs, in the order in which they bring one another along.
+        spent: Seconds spent on measuring since fit began.
         elapsed: Seconds since fit began, measurements included.
-        share: The quantity's part of the wall time.
-        free_first: The first measurement does not wait where it is expected to cost less than this, in seconds.
+        share: Of the wall time, for all of them.
+        eager: Everything is due if all of it is expected to cost less than this, in seconds; for the first step.
 
     Returns:
-        Whether to measure now.
+        What to measure now.
 
     Example:
-        >>> due_by_share(Ledger(spent=0.0, cost=1.0, count=1), elapsed=18.0, share=0.05)
-        False
-        >>> due_by_share(Ledger(spent=0.0, cost=1.0, count=1), elapsed=19.0, share=0.05)
-        True
+        >>> ledgers = {"cheap": Ledger(cost=1.0, count=1), "dear": Ledger(cost=3.0, count=1)}
+        >>> [sorted(due_by_share(ledgers, 4.0, elapsed, 0.05)) for elapsed in (98.0, 99.0, 156.0)]
+        [[], ['cheap'], ['cheap', 'dear']]
     """
-    if ledger.count == 0 and ledger.cost < free_first:
-        return True
-    return ledger.spent + ledger.cost <= share * (elapsed + ledger.cost)
+    if sum(ledger.cost for ledger in ledgers.values()) < eager:
+        return frozenset(ledgers)
+    names, due = list(ledgers), frozenset[str]()
+    for name in sorted(names, key=lambda each: (ledgers[each].count + 1) * ledgers[each].cost):
+        wanted = due.union(names[: names.index(name) + 1])
+        cost = sum(ledgers[each].cost for each in wanted)
+        if spent + cost > share * (elapsed + cost):
+            break
+        due = wanted
+    return due
 
 
 def charged(ledger: Ledger, seconds: float) -> Ledger:
@@ -75,8 +115,7 @@ def charged(ledger: Ledger, seconds: float) -> Ledger:
         The ledger after; the expected cost follows the newest measurements with a memory of about two.
 
     Example:
-        >>> charged(Ledger(spent=1.0, cost=4.0, count=3), 2.0)
-        Ledger(spent=3.0, cost=3.0, count=4)
+        >>> charged(Ledger(cost=4.0, count=3), 2.0)
+        Ledger(cost=3.0, count=4)
     """
-    cost = seconds if ledger.count < 2 else (ledger.cost + seconds) / 2
-    return replace(ledger, spent=ledger.spent + seconds, cost=cost, count=ledger.count + 1)
+    return Ledger(seconds if ledger.count < 2 else (ledger.cost + seconds) / 2, ledger.count + 1)

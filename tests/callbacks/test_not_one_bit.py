@@ -1,0 +1,596 @@
+"""The guarantee: a run with the monitor and one without are the same, to the last bit.
+
+Each case is a training with a habit that measuring could disturb. It runs twice from the same seeds, once watched. All
+that training can see must be equal at the end, and every cell of `metrics.csv` on the way.
+"""
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, Sampler, WeightedRandomSampler
+
+from tests.runs import (
+    Regressor,
+    assert_same,
+    cells,
+    fit,
+    loader,
+    monitor,
+    points,
+    samples,
+    seeded,
+    state_of,
+    trainer_of,
+)
+
+Case = tuple[LightningModule, Any, dict[str, Any]]  # module, data, options of the Trainer
+
+
+# ---- habits of modules -----------------------------------------------------------------------------------------------
+
+
+def batch_norm() -> Case:
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    return Regressor(net), loader(shuffle=True), {}
+
+
+def dropout() -> Case:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 2))
+    return Regressor(net), loader(), {}
+
+
+def accumulation() -> Case:
+    """Seven batches an epoch: the last window is short."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
+    return Regressor(net), loader(samples(28), shuffle=True), {"accumulate_grad_batches": 3}
+
+
+class OneCycle(Regressor):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def one_cycle() -> Case:
+    return OneCycle(), loader(), {}
+
+
+class AdamW(Regressor):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def adamw() -> Case:
+    return AdamW(), loader(), {}
+
+
+class Augmenting(Regressor):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        inputs, targets = batch
+        return inputs + 0.1 * torch.randn_like(inputs) * random.random() * np.random.rand(), targets
+
+
+def augmentation_on_transfer() -> Case:
+    return Augmenting(), loader(), {}
+
+
+class Measuring(Regressor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = torchmetrics.MeanSquaredError(num_outputs=2)
+        self.all = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.error(self.net(batch[0]), batch[1])
+        self.all.update(loss)
+        self.log("error", self.error.compute().mean(), on_step=True)
+        self.log("mean", self.all["MeanMetric"], on_step=True, on_epoch=True)
+        self.log("count", float(self.error.update_count))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("all", self.all["CatMetric"].compute().sum())
+        self.error.reset()
+
+
+def torchmetrics_inside() -> Case:
+    return Measuring(), loader(shuffle=True), {}
+
+
+class Collecting(Regressor):
+    """Draws, counts, and keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+        self.calls = 0
+        self.by_index: dict[int, Tensor] = {}
+        self.average = torch.zeros(())
+        self.generator = torch.Generator().manual_seed(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx) * (1 + 0.1 * np.random.rand() + 0.1 * random.random())
+        loss = loss * (1 + 0.1 * torch.rand((), generator=self.generator))
+        self.calls += 1
+        self.losses.append(loss.item())
+        self.by_index[batch_idx] = loss.detach()
+        self.average.mul_(0.9).add_(loss.detach())
+        self.log("calls", float(self.calls))
+        self.log("sum", sum(self.losses))
+        self.log("average", self.average)
+        return {"loss": loss, "more": len(self.losses)}
+
+    def on_train_end(self) -> None:
+        self.register_buffer("kept", torch.tensor([*self.losses, *self.by_index.values(), self.calls, self.average]))
+
+
+def collecting() -> Case:
+    return Collecting(), loader(), {}
+
+
+class Validating(Regressor):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch) * (1 + torch.rand(())))
+
+
+def validation_in_mid_epoch() -> Case:
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 2))
+    return Validating(net), loader(shuffle=True), {"val_check_interval": 2, "val_dataloaders": loader(samples(8, 1))}
+
+
+def parameter_hooks() -> Case:
+    module = Regressor()
+    for parameter in module.parameters():
+        parameter.register_hook(lambda gradient: 0.1 * gradient)
+    return module, loader(), {}
+
+
+def mixed_precision() -> Case:
+    return Regressor(), loader(), {"precision": "bf16-mixed"}
+
+
+class Mutating(Regressor):
+    """Takes its batch apart."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs = batch.pop("inputs").mul_(2)
+        batch["nested"].append(1)
+        loss = self.loss((inputs, batch["targets"].add_(0.1)))
+        self.log("loss", loss)
+        self.log("left", float(len(batch) + len(batch["nested"])))
+        return loss
+
+
+def as_dict(rows: list[Any]) -> dict[str, Any]:
+    inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+    return {"inputs": inputs, "targets": targets, "nested": []}
+
+
+def mutated_batch() -> Case:
+    return Mutating(), loader(collate_fn=as_dict), {}
+
+
+def mutated_window() -> Case:
+    return Mutating(), loader(collate_fn=as_dict), {"accumulate_grad_batches": 2}
+
+
+class Drawing(Regressor):
+    """Talks to its logger without asking Lightning."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.logger.experiment.log_metrics({"direct": loss}, step=1000 + self.trainer.global_step)
+        self.logger.log_metrics({"indirect": loss.item()}, step=2000 + self.trainer.global_step)
+        return loss
+
+
+def direct_logging() -> Case:
+    return Drawing(), loader(), {}
+
+
+class Inner(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.trainer.lightning_module.log("inner", inputs.mean(), on_step=True, on_epoch=True)
+        return self.layer(inputs)
+
+
+class Outer(Regressor):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 5))
+        self.inner = Inner()
+
+    def loss(self, batch: Any) -> Tensor:
+        return (self.inner(self.net(batch[0]).tanh()) - batch[1]).square().mean()
+
+
+def nested_module() -> Case:
+    return Outer(), loader(shuffle=True), {}
+
+
+class Logarithm(nn.Module):
+    """Has a method `log` that is none of Lightning's."""
+
+    def log(self, inputs: Tensor) -> Tensor:
+        return inputs.square().add(1).log()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.log(inputs)
+
+
+def another_log() -> Case:
+    return Regressor(nn.Sequential(nn.Linear(4, 5), Logarithm(), nn.Linear(5, 2))), loader(), {}
+
+
+# ---- habits of data --------------------------------------------------------------------------------------------------
+
+
+class Augmented(Dataset[Any]):
+    """Noise from the global generators, or from one of its own; counts."""
+
+    def __init__(self, own: bool) -> None:
+        self.data = samples()
+        self.generator = np.random.default_rng(5) if own else None
+        self.fetched = 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets = self.data[index]
+        noise = (
+            self.generator.normal() if self.generator else np.random.normal() + random.random() + float(torch.rand(()))
+        )
+        self.fetched += 1
+        return inputs + 0.1 * noise, targets
+
+
+def augmentation_by_global_generators() -> Case:
+    return Regressor(), loader(Augmented(own=False), shuffle=True), {}
+
+
+def augmentation_by_its_own_generator() -> Case:
+    return Regressor(), loader(Augmented(own=True), shuffle=True), {}
+
+
+class Data(LightningDataModule):
+    """Draws in its transfer hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(7)
+        self.seen: list[int] = []
+
+    def train_dataloader(self) -> Any:
+        return loader(shuffle=True)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen.append(len(self.seen))
+        return batch[0] + 0.1 * self.generator.normal() + 0.01 * len(self.seen), batch[1]
+
+
+def datamodule() -> Case:
+    return Regressor(), Data(), {}
+
+
+def shuffled() -> Case:
+    return Regressor(), loader(shuffle=True, generator=torch.Generator().manual_seed(9)), {}
+
+
+def weighted() -> Case:
+    return Regressor(), loader(sampler=WeightedRandomSampler(np.linspace(1, 3, 24), 24)), {}
+
+
+class Batches(Sampler[list[int]]):
+    """Batches of four from the global generator, or from one of its own; counts epochs and tells no batch size."""
+
+    def __init__(self, generator: Any = None) -> None:
+        self.generator = generator
+        self.epochs = 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epochs += 1
+        for _ in range(6):
+            if isinstance(self.generator, np.random.Generator):
+                yield self.generator.permutation(24)[:4].tolist()
+            else:
+                yield torch.randperm(24, generator=self.generator)[:4].tolist()
+
+
+def custom_batch_sampler() -> Case:
+    return Regressor(), torch.utils.data.DataLoader(samples(), batch_sampler=Batches()), {}
+
+
+def custom_batch_sampler_with_a_generator() -> Case:
+    sampler = Batches(torch.Generator().manual_seed(11))
+    return Regressor(), torch.utils.data.DataLoader(samples(), batch_sampler=sampler), {}
+
+
+def custom_batch_sampler_with_a_numpy_generator() -> Case:
+    sampler = Batches(np.random.default_rng(11))
+    return Regressor(), torch.utils.data.DataLoader(samples(), batch_sampler=sampler), {}
+
+
+def list_of_batches_as_sampler() -> Case:
+    batches = [list(range(first, first + 4)) for first in range(0, 24, 4)]
+    return Regressor(), torch.utils.data.DataLoader(samples(), batch_sampler=batches), {}
+
+
+class Stream(IterableDataset[Any]):
+    """Draws what it yields."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(13)
+        self.fetched = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for inputs, targets in samples():
+            self.fetched += 1
+            yield inputs + self.generator.normal() + float(torch.rand(())), targets
+
+
+def workers() -> Case:
+    data = loader(Augmented(own=True), shuffle=True, num_workers=2, persistent_workers=True)
+    return Regressor(), data, {}
+
+
+CASES = [
+    batch_norm,
+    dropout,
+    accumulation,
+    one_cycle,
+    adamw,
+    augmentation_on_transfer,
+    torchmetrics_inside,
+    collecting,
+    validation_in_mid_epoch,
+    parameter_hooks,
+    mixed_precision,
+    mutated_batch,
+    mutated_window,
+    direct_logging,
+    nested_module,
+    another_log,
+    augmentation_by_global_generators,
+    augmentation_by_its_own_generator,
+    datamodule,
+    shuffled,
+    weighted,
+    custom_batch_sampler,
+    custom_batch_sampler_with_a_generator,
+    custom_batch_sampler_with_a_numpy_generator,
+    list_of_batches_as_sampler,
+    pytest.param(workers, marks=pytest.mark.processes),
+]
+
+
+def run(case: Any, root: Path, *callbacks: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Fits a case from its seeds; the Trainer, and what is left behind."""
+    seeded()
+    module, data, defaults = case()
+    trainer = fit(root, module, data, *callbacks, **{**defaults, **options})
+    return trainer, {**state_of(trainer), "data": traces(data)}
+
+
+def traces(data: Any) -> list[Any]:
+    """What data sets, samplers and datamodules keep to themselves."""
+    found = []
+    for each in (data, *(getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler"))):
+        held = dict(getattr(each, "__dict__", {}))
+        generator = held.get("generator")
+        if isinstance(generator, torch.Generator):
+            found.append(generator.get_state())
+        elif generator is not None:
+            found.append(generator.bit_generator.state)
+        found += [held.get(name) for name in ("fetched", "epochs", "seen")]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*SharpnessMonitor:UserWarning")
+@pytest.mark.filterwarnings("ignore:SharpnessMonitor:UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
+    _, alone = run(case, tmp_path / "alone")
+    watch = monitor()
+    _, watched = run(case, tmp_path / "watched", watch)
+    assert_same(watched, alone)
+    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    shown = points(tmp_path / "watched")
+    needed = {"sharpness/MiniBS", "sharpness/FullBS", "sharpness/directional", "sharpness/current_batch", "cost/share"}
+    assert needed <= shown.keys()
+    assert all(len(shown[tag]) >= 2 for tag in needed)
+
+
+@pytest.mark.filterwarnings("ignore:SharpnessMonitor:UserWarning")
+@pytest.mark.parametrize("case", [batch_norm, accumulation, collecting])
+def test_a_share_of_wall_time_changes_nothing_either(case: Any, tmp_path: Path) -> None:
+    """What is measured when depends on the clock, and training on none of it."""
+    _, alone = run(case, tmp_path / "alone")
+    watch = monitor(None, overhead=0.5)
+    _, watched = run(case, tmp_path / "watched", watch)
+    assert_same(watched, alone)
+    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert watch.history
+
+
+def test_data_of_its_own_changes_nothing_either(tmp_path: Path) -> None:
+    """Reading an iterable data set draws from the global generators, and here from the one that training reads, too."""
+    stream = Stream()
+
+    def case() -> Case:
+        stream.__init__()  # type: ignore[misc]
+        return Regressor(), loader(stream), {}
+
+    _, alone = run(case, tmp_path / "alone")
+    watch = monitor(dataloader=loader(stream))
+    _, watched = run(case, tmp_path / "watched", watch)
+    assert_same(watched, alone)
+    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert len(watch.history) == 6
+
+
+def test_parameter_hooks_scale_gradients_and_not_the_measurement(tmp_path: Path) -> None:
+    hooked, plain = monitor(), monitor()
+    run(parameter_hooks, tmp_path / "hooked", hooked, max_steps=1)
+    run(lambda: (Regressor(), loader(), {}), tmp_path / "plain", plain, max_steps=1)
+    values = [{tag: each for tag, each in watch.history[0].items() if "sharpness/" in tag} for watch in (hooked, plain)]
+    assert values[0] == values[1]
+    assert values[0]["sharpness/MiniBS"] > 0
+
+
+# ---- measurements that do not end well -------------------------------------------------------------------------------
+
+
+def failing(error: type[BaseException], at: int) -> Any:
+    """A case whose `training_step` raises in the `at`-th evaluation that is not training's own."""
+    evaluations = 0
+
+    class Module(Collecting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            nonlocal evaluations
+            evaluations += "log" in vars(self)  # muted: a measurement
+            loss = super().training_step((self.norm(batch[0]), batch[1]), batch_idx)
+            if evaluations == at:
+                evaluations += 1
+                self.requires_grad_(False)
+                self.eval()
+                raise error("on purpose")
+            return loss
+
+    return lambda: (Module(), loader(shuffle=True), {})
+
+
+def evaluations_of_one_measurement(root: Path) -> int:
+    """How often the first measurement of `failing` evaluates the loss."""
+    calls = []
+
+    class Module(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            calls.append("log" in vars(self))
+            return super().training_step(batch, batch_idx)
+
+    fit(root, Module(), loader(), monitor(), max_steps=1)
+    return sum(calls)
+
+
+def test_a_measurement_that_raises_is_left_out(tmp_path: Path) -> None:
+    at = evaluations_of_one_measurement(tmp_path / "first") + 20
+    _, alone = run(failing(RuntimeError, -1), tmp_path / "alone")
+    watch = monitor()
+    with pytest.warns(UserWarning, match=r"a measurement failed and is left out.*RuntimeError: on purpose"):
+        trainer, watched = run(failing(RuntimeError, at), tmp_path / "watched", watch)
+    assert_same(watched, alone)
+    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    steps = [point["step"] for point in watch.history]
+    assert steps in ([0, 4, 6, 8, 10], [0, 2, 6, 8, 10])
+    assert all(parameter.requires_grad for parameter in trainer.lightning_module.parameters())
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Lightning stops listening to Ctrl+C once it was pressed."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+class Stop(Callback):
+    """Presses Ctrl+C before a batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_an_interrupted_measurement_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl+C in the measurement before step 2 against Ctrl+C before step 2."""
+    trainers, states = [], []
+    at = evaluations_of_one_measurement(tmp_path / "first") + 20
+    for name, error, callback in (("alone", -1, Stop(2)), ("watched", at, monitor())):
+        seeded()
+        module, data, _ = failing(KeyboardInterrupt, error)()
+        trainer = trainer_of(tmp_path / name, callback)
+        loggers = trainer.loggers
+        with pytest.raises(SystemExit):
+            trainer.fit(module, data)
+        assert trainer.loggers is loggers and trainer.global_step == 2
+        assert not {"log", "log_dict", "print"} & vars(module).keys()
+        trainers.append(trainer)
+        states.append(state_of(trainer))
+    states[1]["schedulers"] = states[0]["schedulers"]
+    assert_same(states[1], states[0])
+    assert_same(vars(trainers[1].lightning_module)["losses"], vars(trainers[0].lightning_module)["losses"])
+
+
+def test_what_is_kept_outside_of_torch_is_compared(tmp_path: Path) -> None:
+    """The comparison itself: a callback that draws one number makes another run."""
+
+    class Draw(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            random.random()
+
+    _, alone = run(dropout, tmp_path / "alone")
+    _, drawn = run(dropout, tmp_path / "drawn", Draw())
+    with pytest.raises(AssertionError, match="python"):
+        assert_same(drawn, alone)
+
+
+# ---- the other Lightning ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pytorch_lightning_trains_the_same(tmp_path: Path) -> None:
+    """The package under its older name: the same classes twice, and not one `isinstance` between them."""
+    import pytorch_lightning
+    from pytorch_lightning.loggers import CSVLogger
+
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 2))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = (self.net(batch[0]) - batch[1]).square().mean()
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    states = []
+    for name, callbacks in (("alone", []), ("watched", [monitor()])):
+        seeded()
+        root = tmp_path / name
+        trainer = trainer_of(
+            root, *callbacks, kind=pytorch_lightning.Trainer, logger=CSVLogger(root, name="logs", version=0)
+        )
+        trainer.fit(Module(), loader(shuffle=True))
+        states.append(state_of(trainer))
+    assert_same(states[1], states[0])
+    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert len(points(tmp_path / "watched")["sharpness/threshold"]) == 6

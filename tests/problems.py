@@ -1,0 +1,156 @@
+"""Little problems with dense answers: networks, losses, data, and Hessians to compare with."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from lightning_eoss.curvature.isolation import isolated
+from lightning_eoss.curvature.objective import DatasetSource, Objective
+
+Sample = tuple[Tensor, Tensor]
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def assert_close(actual: Any, expected: Any, *, dtype: torch.dtype | None = None, steps: int = 100) -> None:
+    """Equal up to `steps` roundings of the precision in use, relative to the largest number that is expected."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    dtype = dtype or expected.dtype
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    tolerance = steps * torch.finfo(dtype).eps * max(float(expected.double().abs().max()), torch.finfo(dtype).tiny)
+    difference = float((actual.double() - expected.double()).abs().max())
+    assert difference <= tolerance, f"differs by {difference:.3g}, more than {tolerance:.3g}: {actual} for {expected}"
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def squared_error(model: nn.Module, batch: Sample) -> Tensor:
+    """Mean over the samples of half the squared error."""
+    inputs, targets = batch
+    return (model(inputs) - targets).square().sum(-1).mean() / 2
+
+
+def cross_entropy(model: nn.Module, batch: Sample) -> Tensor:
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs), targets.argmax(-1))
+
+
+# ---- networks of 4 x 4 pictures into three outputs -------------------------------------------------------------------
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 3))
+
+
+def layer_norm() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def batch_norm() -> nn.Module:
+    """In eval mode, with running statistics of its own."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    generator = torch.Generator().manual_seed(0)
+    model[2].running_mean.normal_(generator=generator)
+    model[2].running_var.uniform_(0.5, 2.0, generator=generator)
+    return model.eval()
+
+
+class Attention(nn.Module):
+    """One head over the rows of the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        query, key, value = self.project(pictures.flatten(1, 2)).chunk(3, dim=-1)
+        return self.head(F.scaled_dot_product_attention(query, key, value).mean(1))
+
+
+class Tied(nn.Module):
+    """One matrix used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(16, 3, bias=False)
+        self.decoder = nn.Linear(16, 3, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        hidden = torch.tanh(self.encoder(pictures.flatten(1)))
+        return self.decoder(hidden @ self.encoder.weight)
+
+
+def made(net: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A network with seeded parameters; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return net().to(dtype)
+
+
+def pictures(num_samples: int = 22, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Sample]:
+    """4 x 4 pictures in three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num_samples, 1, 4, 4, generator=generator, dtype=torch.float64)
+    classes = torch.randint(3, (num_samples,), generator=generator)
+    return list(zip(inputs.to(dtype), F.one_hot(classes, 3).to(dtype), strict=True))
+
+
+# ---- dense oracles ---------------------------------------------------------------------------------------------------
+
+
+def dense_gradient_and_hessian(model: nn.Module, loss_fn: LossFn, batch: Any) -> tuple[Tensor, Tensor]:
+    """(P,) and (P, P) of the trainable parameters, by rows."""
+    named = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+
+    def loss(vector: Tensor) -> Tensor:
+        pieces = vector.split([each.numel() for each in named.values()])
+        values = {name: piece.view_as(each) for (name, each), piece in zip(named.items(), pieces, strict=True)}
+        return loss_fn(lambda *inputs: functional_call(model, values, inputs), batch)
+
+    flat = torch.cat([each.reshape(-1) for each in named.values()]).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(flat), flat, create_graph=True)
+    rows = [torch.autograd.grad(each, flat, retain_graph=True)[0] for each in gradient]
+    return gradient.detach(), torch.stack(rows)
+
+
+def top(matrix: Tensor) -> float:
+    """The largest eigenvalue of a dense symmetric matrix."""
+    return float(torch.linalg.eigvalsh(matrix)[-1])
+
+
+def collated(data: Sequence[Any], indices: Sequence[int]) -> Any:
+    return default_collate([data[index] for index in indices])
+
+
+@contextmanager
+def objective_of(model: nn.Module, loss_fn: LossFn, data: Sequence[Any], **options: Any) -> Iterator[Objective]:
+    """An objective within its isolation."""
+    with isolated(model, [data]) as isolation:
+        yield Objective(model, lambda batch: loss_fn(model, batch), DatasetSource(data), isolation, **options)
+
+
+def random_symmetric(num_rows: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(B, P, P) symmetric matrices."""
+    matrices = torch.randn(num_rows, dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((matrices + matrices.mT) / 2).to(dtype)
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """(P, P) symmetric matrix with these eigenvalues and random eigenvectors."""
+    dim = len(values)
+    gaussian = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = torch.linalg.qr(gaussian)[0]
+    matrix = (basis * values.double()) @ basis.T
+    return (matrix + matrix.T) / 2
