@@ -33,13 +33,13 @@ class Plan:
     num_batches: int = 100  # upper limit
     full_batch_samples: int | None = 8192
     seed: int = 0
-    tol: float | None = None  # relative residual of the solver; None: 0.4 rel_error
+    tol: float | None = None  # relative residual of the solver; None: 0.5 rel_error
     memory_bytes: float = 2.0**30  # of graphs, of cached batches and of Krylov vectors, each
 
     @property
     def solver_tol(self) -> float:
         """Relative residual r at which a row stops; its value errs by about r^2 over the relative gap, always low."""
-        return 0.4 * self.rel_error if self.tol is None else self.tol
+        return 0.5 * self.rel_error if self.tol is None else self.tol
 
     @property
     def step_size(self) -> int:
@@ -180,10 +180,12 @@ class Solver:
         """
         return self.solve(operator, self.random_starts(num_rows), tol=self.plan.solver_tol / _PRECISER)
 
-    def solve_top(self, operator: Operator, warm: WarmStart) -> tuple[LanczosResult, Tensor]:
-        """The one row of an operator, with the other outliers that come along and all their vectors; and its start."""
+    def solve_top(self, operator: Operator, warm: WarmStart, *, tol: float = 1.0) -> tuple[LanczosResult, Tensor]:
+        """The one row of an operator, with the other outliers that come along and all their vectors; and its start.
+
+        `tol` is in units of the plan's. Memory bounds the steps, because all their vectors are kept.
+        """
         start = warm.mixed(self.random_starts(1))
         steps = max(30, min(MAX_STEPS, int(self.plan.memory_bytes / self.vector_bytes)))
-        tol = self.plan.solver_tol / (_PRECISER if warm.top is None else 1)
-        options = {"k": NUM_OUTLIERS, "leading": 1, "vectors": True, "tol": tol, "max_steps": steps}
-        return self.solve(operator, start, **options), start[0]
+        options = {"k": NUM_OUTLIERS, "leading": 1, "vectors": True, "max_steps": steps}
+        return self.solve(operator, start, tol=tol * self.plan.solver_tol, **options), start[0]

@@ -458,8 +458,8 @@ def test_parameter_hooks_scale_gradients_and_not_the_measurement(tmp_path: Path)
 # ---- measurements that do not end well -------------------------------------------------------------------------------
 
 
-def failing(error: type[BaseException], at: int) -> Any:
-    """A case whose `training_step` raises in the `at`-th evaluation that is not training's own."""
+def failing(error: type[BaseException] | None) -> Any:
+    """A case whose `training_step` raises half-way through the measurement before step 2, and after some mischief."""
     evaluations = 0
 
     class Module(Collecting):
@@ -469,10 +469,10 @@ def failing(error: type[BaseException], at: int) -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             nonlocal evaluations
-            evaluations += "log" in vars(self)  # muted: a measurement
+            here = "log" in vars(self) and self.trainer.global_step == 2  # muted: it is not training that asks
+            evaluations += here
             loss = super().training_step((self.norm(batch[0]), batch[1]), batch_idx)
-            if evaluations == at:
-                evaluations += 1
+            if here and evaluations == 5 and error:
                 self.requires_grad_(False)
                 self.eval()
                 raise error("on purpose")
@@ -481,29 +481,14 @@ def failing(error: type[BaseException], at: int) -> Any:
     return lambda: (Module(), loader(shuffle=True), {})
 
 
-def evaluations_of_one_measurement(root: Path) -> int:
-    """How often the first measurement of `failing` evaluates the loss."""
-    calls = []
-
-    class Module(Regressor):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            calls.append("log" in vars(self))
-            return super().training_step(batch, batch_idx)
-
-    fit(root, Module(), loader(), monitor(), max_steps=1)
-    return sum(calls)
-
-
 def test_a_measurement_that_raises_is_left_out(tmp_path: Path) -> None:
-    at = evaluations_of_one_measurement(tmp_path / "first") + 20
-    _, alone = run(failing(RuntimeError, -1), tmp_path / "alone")
+    _, alone = run(failing(None), tmp_path / "alone")
     watch = monitor()
     with pytest.warns(UserWarning, match=r"a measurement failed and is left out.*RuntimeError: on purpose"):
-        trainer, watched = run(failing(RuntimeError, at), tmp_path / "watched", watch)
+        trainer, watched = run(failing(RuntimeError), tmp_path / "watched", watch)
     assert_same(watched, alone)
     assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
-    steps = [point["step"] for point in watch.history]
-    assert steps in ([0, 4, 6, 8, 10], [0, 2, 6, 8, 10])
+    assert [point["step"] for point in watch.history] == [0, 4, 6, 8, 10]
     assert all(parameter.requires_grad for parameter in trainer.lightning_module.parameters())
 
 
@@ -530,10 +515,9 @@ class Stop(Callback):
 def test_an_interrupted_measurement_leaves_nothing_behind(tmp_path: Path) -> None:
     """Ctrl+C in the measurement before step 2 against Ctrl+C before step 2."""
     trainers, states = [], []
-    at = evaluations_of_one_measurement(tmp_path / "first") + 20
-    for name, error, callback in (("alone", -1, Stop(2)), ("watched", at, monitor())):
+    for name, error, callback in (("alone", None, Stop(2)), ("watched", KeyboardInterrupt, monitor())):
         seeded()
-        module, data, _ = failing(KeyboardInterrupt, error)()
+        module, data, _ = failing(error)()
         trainer = trainer_of(tmp_path / name, callback)
         loggers = trainer.loggers
         with pytest.raises(SystemExit):
@@ -542,7 +526,6 @@ def test_an_interrupted_measurement_leaves_nothing_behind(tmp_path: Path) -> Non
         assert not {"log", "log_dict", "print"} & vars(module).keys()
         trainers.append(trainer)
         states.append(state_of(trainer))
-    states[1]["schedulers"] = states[0]["schedulers"]
     assert_same(states[1], states[0])
     assert_same(vars(trainers[1].lightning_module)["losses"], vars(trainers[0].lightning_module)["losses"])
 

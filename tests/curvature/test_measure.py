@@ -512,7 +512,7 @@ def test_reduce_and_decide_see_sums_and_decisions() -> None:
         ({"rel_error": math.nan}, r"rel_error=nan must be positive"),
         ({"num_batches": 0}, r"num_batches=0 must be at least 1"),
         ({"full_batch_samples": 0}, r"full_batch_samples=0 must be positive, or None"),
-        ({"tol": 0.0}, r"tol=0.0 must be positive, or None for 0.4 rel_error"),
+        ({"tol": 0.0}, r"tol=0.0 must be positive, or None for 0.5 rel_error"),
         ({"seed": -1}, r"seed=-1 must not be negative"),
         ({"model": nn.Flatten()}, r"Flatten has no parameter with requires_grad=True.*Unfreeze"),
         ({"loss_fn": lambda model, batch: model(batch[0])}, r"must be a scalar tensor, got a tensor of shape \(4, 3\)"),

@@ -241,6 +241,7 @@ def test_a_loss_of_its_own_is_what_is_measured(tmp_path: Path) -> None:
     assert watch.history[0]["sharpness/FullBS"] == pytest.approx(3 * top(hessian), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
 def test_a_batch_that_only_training_sees_is_not_measured(tmp_path: Path) -> None:
     fit(tmp_path, Iterating(), loader(), monitor(loss_fn=own_loss))
     shown = points(tmp_path)

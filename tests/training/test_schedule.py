@@ -154,7 +154,7 @@ def test_a_real_run_keeps_its_share(tmp_path: Path) -> None:
     shown = list(points(tmp_path)["cost/share"].values())
     assert len(shown) == len(watch.readings) >= 5
     assert watch.inside / elapsed <= 0.075
-    assert watch.inside / elapsed >= 0.8 * 0.05
+    assert watch.inside / elapsed >= 0.025  # the first measurement fills some of the half minute, a dear one may wait
     print(f"share {watch.inside / elapsed:.4f} over {elapsed:.1f} s, {len(shown)} measurements, logged {shown[-1]:.4f}")
     for logged, seen in zip(shown[1:], watch.readings[1:], strict=True):
         assert logged == pytest.approx(seen, rel=0.1)

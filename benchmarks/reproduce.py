@@ -1,0 +1,39 @@
+"""Makes the long tables again: `make reproduce` writes them, dated, to `benchmarks/results`."""
+
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+import lightning
+import torch
+
+from benchmarks import edge_on_digits, solver
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Runs every benchmark and writes one file."""
+    versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
+    text = f"""# Reproduced on {date.today()}
+
+{os.cpu_count()} CPU cores, {versions}. `make reproduce`
+
+## Digits: where the sharpness settles (means over the last third, in units of 2/lr)
+
+{edge_on_digits.table()}
+
+## Solver: what a warm start costs and misses
+
+{solver.table()}
+"""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{date.today()}.md"
+    path.write_text(text)
+    print(text)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
