@@ -44,8 +44,8 @@ from lightning_eoss.theory.statistics import (
 
 NUM_AUDITS = 2
 COARSER = 16  # a first measurement begins with this part of the data
-# Residuals of FullBS, in units of the plan's: its outliers lie closer together than a mini-batch's, and follow each other
-# at the top, so a stale start needs a small residual to be told from a new one. Nothing is known before the first.
+# Residuals of FullBS, in units of the plan's: its outliers lie closer together than a mini-batch's and take turns
+# at the top, so that only a small residual tells a stale one from a new one; before the first, nothing is known.
 FULL_TOL, COLD_TOL = 0.4, 0.1
 
 
