@@ -36,6 +36,7 @@ from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
     effective_parts,
+    is_live,
     logging_step,
     refuse,
     refuse_frozen,
@@ -224,9 +225,11 @@ class SharpnessMonitor(Callback):
     ) -> tuple[SharpnessMeasurement, StabilityLimits | NoLimits, bool] | None:
         """A measurement of the module as it is, with its limits and whether it is in units of them."""
         step = trainer.global_step
-        if self._data is None:
+        if self._data is None or (self.dataloader is None and not is_live(self._data, trainer)):
             name = type(self).__name__
             self._data = training_data(trainer, pl_module, name, self.dataloader, self.full_batch_samples)
+            if self._plan is not None:
+                self._plan = replace(self._plan, batch_size=self.batch_size or self._data.batch_size)
         with quiet(trainer, pl_module, (*self._data.objects, self.loss_fn)) as isolation:
             as_trained = self.precision == "as_trained"
             loss = training_loss(trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=as_trained)

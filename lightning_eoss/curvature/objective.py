@@ -5,6 +5,7 @@ micro-batches of an accumulation window (weight 1/k each), the chunks of the ful
 of a batch that is too large for memory.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,8 +99,8 @@ class BatchListSource:
 
 
 def copied(batch: Any) -> Any:
-    """The batch with its tensors cloned and its containers built anew: a training step may change what it is given."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+    """The batch as it is, with nothing shared: a training step may change what it is given."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), batch)
 
 
 def num_bytes(batch: Any) -> int:

@@ -158,7 +158,8 @@ class Solver:
         if self.findings.reduction == "mean":
             piece = max(1, int(self.plan.memory_bytes / max(self.findings.graph_bytes, 1.0)))
             batches = [split(batch, piece) for batch in batches]
-        if self.findings.stacked and len(batches) > 1:
+        shapes = {tuple(part.size for part in batch) for batch in batches}
+        if self.findings.stacked and len(batches) > 1 and len(shapes) == 1:
             return Stacked(self.objective, batches, self.scaling, self.reduce)
         largest = max(part.size for batch in batches for part in batch)
         slots = int(self.plan.memory_bytes / (self.findings.graph_bytes * largest + self.vector_bytes))

@@ -187,6 +187,12 @@ class TrainingData:
     batch_size: int  # of a loader batch; 1 where the source counts ready batches
     objects: tuple[Any, ...]  # that loading may change
     sampler: Any = None  # a batch sampler that is not uniform; None: batches are uniform without replacement
+    loader: Any = None  # that they were taken from
+
+
+def is_live(data: TrainingData, trainer: Any) -> bool:
+    """Whether training still draws from the loader that the data were taken from: Trainers can reload it."""
+    return any(data.loader is loader for loader in trainer.fit_loop._combined_loader.flattened)
 
 
 def training_data(
@@ -292,6 +298,7 @@ def _indexed(loader: Any, transfer: Callable[[Any], Any], reach: int | None) -> 
         batch_size=min(batch_size, len(population or dataset)),
         objects=(dataset, sampler, batch_sampler, getattr(collate, "__self__", collate)),
         sampler=None if uniform else batch_sampler,
+        loader=loader,
     )
 
 

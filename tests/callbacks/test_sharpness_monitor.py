@@ -453,3 +453,17 @@ def test_a_monitor_may_watch_another_training(tmp_path: Path) -> None:
     assert len(watch.history) == 6 + 4
     assert watch.history[-1]["sharpness/batch_size"] == 6
     assert isinstance(watch._warm, WarmStart) and watch._warm.top.numel() == 4 * 3 + 3 + 6 + 6 + 2
+
+
+def test_a_reloaded_loader_is_followed(tmp_path):
+    """Data and batch size are those of the epoch, also where the loader is made anew for each."""
+
+    class Growing(Regressor):
+        def train_dataloader(self):
+            return loader(samples(24, seed=self.current_epoch), batch_size=2 * (1 + self.current_epoch))
+
+    module, watch = Growing(), monitor(1)
+    fit(tmp_path, module, None, watch, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    sizes = [entry["sharpness/batch_size"] for entry in watch.history]
+    assert sizes == [2.0] * 12 + [4.0] * 6
+    assert torch.equal(watch._data.source.dataset.tensors[0], samples(24, seed=1).tensors[0])

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -130,3 +131,18 @@ def test_derived_seeds_differ_and_stay() -> None:
     seeds = {derived_seed(seed, *keys) for seed in range(3) for keys in [(0,), (1,), (0, 1), (1, 0)]}
     assert len(seeds) == 12 and all(0 <= seed < 2**32 for seed in seeds)
     assert derived_seed(0, 1) == derived_seed(0, 1)
+
+
+def test_copies_share_nothing() -> None:
+    @dataclass
+    class Sample:
+        inputs: torch.Tensor
+        names: list[str]
+
+    batch = {"sample": Sample(torch.ones(2), ["a"]), "weights": [torch.ones(1)]}
+    twin = copied(batch)
+    twin["sample"].inputs.zero_()
+    twin["sample"].names.append("b")
+    twin["weights"][0].zero_()
+    assert torch.equal(batch["sample"].inputs, torch.ones(2)) and batch["sample"].names == ["a"]
+    assert batch["weights"][0].item() == 1
