@@ -33,7 +33,7 @@ format: $(VENV)/.dev
 
 # The long tables, seeds and figures.
 reproduce: $(VENV)/.dev
-	$(BIN)/python benchmarks/reproduce.py
+	$(BIN)/python -m benchmarks.reproduce
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache lightning_logs

@@ -1,6 +1,6 @@
 """The edge of stochastic stability on scikit-learn's digits: where the sharpness settles, in units of 2/lr.
 
-`python benchmarks/edge_on_digits.py` prints the table that is committed under `benchmarks/results`.
+`python -m benchmarks.edge_on_digits` prints the table that is committed under `benchmarks/results`.
 """
 
 import tempfile

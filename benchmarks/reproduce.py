@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from benchmarks import edge_on_digits, solver
+from benchmarks import edge_on_digits, solver, stacking
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +27,10 @@ def main() -> None:
 ## Solver: what a warm start costs and misses
 
 {solver.table()}
+
+## Stacking: a product with ten mini-batches
+
+{stacking.table()}
 """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{date.today()}.md"

@@ -3,7 +3,7 @@
 The network is the baseline of the Edge of Stochastic Stability (3072-512-512-10, P = 1.84 M) with its loss, on 2048
 synthetic samples, after 300 steps of SGD. Measured from scratch there, then 20 and 200 steps later from what was found.
 
-    python benchmarks/solver.py
+    python -m benchmarks.solver
 """
 
 from collections.abc import Iterator
@@ -121,18 +121,20 @@ def reference(objective: Objective, plan: Plan, top: Tensor, count: int, stream:
     return mini.values[:, 0], float(full.values[0, 0])
 
 
-def main() -> None:
-    """Prints the table."""
-    print("| data | steps | FullBS | its error | passes | MiniBS | its error | worst batch | products | audit |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+def table() -> str:
+    """The Markdown table."""
+    lines = [
+        "| data | steps | FullBS | its error | passes | MiniBS | its error | worst batch | products | audit |",
+        "|---" * 10 + "|",
+    ]
     for setting in (PIXELS, CENTRED):
         for row in measured(setting):
-            print(
+            lines.append(
                 f"| {row.setting} | {row.steps} | {row.full:.2f} | {row.full_error:+.2%} | {row.passes} "
-                f"| {row.mini:.2f} | {row.mini_error:+.2%} | {row.worst:+.2%} | {row.products:g} | {row.audit:+.2%} |",
-                flush=True,
+                f"| {row.mini:.2f} | {row.mini_error:+.2%} | {row.worst:+.2%} | {row.products:g} | {row.audit:+.2%} |"
             )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(table())

@@ -107,7 +107,7 @@ def train(
         trainer = _trainer(
             max_steps=max_steps,
             # No cut by time: on how many samples FullBS is measured must not depend on how busy the machine is.
-            callbacks=[SharpnessMonitor(every_n_train_steps=every_n_train_steps, max_seconds=3600, seed=seed)],
+            callbacks=[SharpnessMonitor(every_n_train_steps=every_n_train_steps, seed=seed)],
             logger=logger,
         )
         trainer.fit(DigitsMLP(learning_rate), DataLoader(digits(), batch_size, shuffle=True))

@@ -1,5 +1,6 @@
 """What is found out about a loss before it is measured."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -284,3 +285,16 @@ def test_nothing_to_train() -> None:
     model = made(mlp).requires_grad_(False)
     with pytest.raises(ValueError, match=r"Sequential has no parameter with requires_grad=True.*Unfreeze"):
         findings_of(lambda: model, squared_error, pictures())
+
+
+def test_a_slow_first_product_is_not_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first products of a process wait for threads and caches; a plan cut for their sake would stay cut."""
+    waits, product = iter([0.5, 0.5, 0.0]), Sequential.matvec
+
+    def waiting(self: Sequential, vectors: torch.Tensor) -> torch.Tensor:
+        time.sleep(next(waits, 0.0))
+        return product(self, vectors)
+
+    monkeypatch.setattr(Sequential, "matvec", waiting)
+    with objective_of(made(mlp), squared_error, pictures()) as objective:
+        assert preflight(objective, 4).seconds < 0.25
