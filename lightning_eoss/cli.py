@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
         >>> main(["report", "no/such/directory"])
         Traceback (most recent call last):
-        SystemExit: no run below no/such/directory has logged a sharpness
+        SystemExit: no TensorBoard event file below no/such/directory has a sharpness
     """
     parser = argparse.ArgumentParser(prog="lightning-eoss", description="Live sharpness at the edge of stability.")
     commands = parser.add_subparsers(required=True, metavar="{demo,report}")
@@ -74,7 +74,7 @@ def _report(logdir: Path, name: str | None, out: Path) -> None:
     """Prints the table and the verdict of one run, and draws it."""
     runs = read_curves(logdir)
     if not runs:
-        raise SystemExit(f"no run below {logdir} has logged a sharpness")
+        raise SystemExit(f"no TensorBoard event file below {logdir} has a sharpness")
     *_, latest = runs
     name = name or latest
     if name not in runs:

@@ -61,7 +61,7 @@ def test_report_takes_the_latest_run_or_the_one_named(tmp_path: Path, capsys: py
 
 
 def test_report_without_a_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"no run below {tmp_path} has logged a sharpness"):
+    with pytest.raises(SystemExit, match=f"no TensorBoard event file below {tmp_path} has a sharpness"):
         main(["report", str(tmp_path)])
 
 

@@ -23,7 +23,7 @@ def test_block_runs(code, tmp_path, monkeypatch, capsys):
     """Runs each block in an empty directory, and checks the numbers that its comments promise."""
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
-    exec(code.replace("max_steps=400", "max_steps=20"), scope)
+    exec(code.replace("max_steps=4000", "max_steps=20"), scope)
     if "result" in scope:
         full, mini = capsys.readouterr().out.strip().splitlines()[-2:]
         assert float(full) == pytest.approx(4.5, rel=1e-3)

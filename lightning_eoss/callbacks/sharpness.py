@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eoss.curvature.isolation import noted_generators
-from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure
+from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure, whole
 from lightning_eoss.curvature.objective import (
     Batch,
     BatchListSource,
@@ -110,10 +110,14 @@ class SharpnessMonitor(Callback):
         precision: Literal["parameters", "as_trained"] = "parameters",
         save_warm_start: bool | None = None,
     ) -> None:
-        check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples)
+        check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed)
         check_schedule(every_n_train_steps, overhead, max_seconds)
         if precision not in ("parameters", "as_trained"):
             raise ValueError(f"precision={precision!r} is unknown: use 'parameters' (autocast off) or 'as_trained'.")
+        if batch_size is not None:
+            whole("batch_size", batch_size)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn={loss_fn!r} must be a function of (pl_module, batch) that returns the loss.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
         self.every_n_train_steps = every_n_train_steps
@@ -148,12 +152,13 @@ class SharpnessMonitor(Callback):
         self._last_step = -1  # that was tried; manual optimisation may skip steps
         self._notes: list[str] = []
         self._drawn = False  # whether loggers have the dashboard
+        self._shown = False  # whether anything has been measured
         self._said: set[str] = set()
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuses what cannot be monitored, and forgets what an earlier fit was like; a checkpoint is loaded later."""
+        """Refuses what cannot be monitored, and forgets an earlier fit's plan; a checkpoint is loaded later."""
         if stage != "fit":
             return
         refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
@@ -165,6 +170,15 @@ class SharpnessMonitor(Callback):
         refuse_frozen(pl_module, type(self).__name__)
         self._began, self._spent = time.perf_counter(), 0.0
         self._window, self._window_begins, self._fresh, self._last_step = [], True, True, -1
+        self._shown = False
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says so where the schedule came to nothing."""
+        if self._plan is not None and not self._shown:
+            self._say(
+                "training ended before the first measurement could be paid for. Raise overhead, or measure at fixed "
+                "steps with every_n_train_steps."
+            )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
@@ -217,6 +231,7 @@ class SharpnessMonitor(Callback):
         now = _now(pl_module)
         self._charge(measurement, now - arrived)
         self._note_limits(limits, in_limits=in_limits)
+        self._note_dropped(measurement)
         share = (self._spent + now - arrived) / (now - self._began)
         self._show(trainer, measurement, self._values(measurement, limits, in_limits=in_limits, share=share))
 
@@ -292,8 +307,11 @@ class SharpnessMonitor(Callback):
             quantity: ledger if ledger.count else Ledger(costs[quantity]) for quantity, ledger in self._ledgers.items()
         }
         every, share = self.every_n_train_steps, self.overhead
-        schedule = f"every {every} steps" if share is None else f"{100 * share:g} % of wall time"
         seconds = sum(costs[quantity] for quantity in self._ledgers)
+        schedule = f"every {every} steps"
+        if share is not None:
+            often = len(self._ledgers) * costs["mini"] / share
+            schedule = f"{100 * share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
         self._notes = described(self._plan, num_samples, objective.num_parameters, seconds, schedule)
         if self._data.sampler is not None:
             self._notes.append(
@@ -356,7 +374,7 @@ class SharpnessMonitor(Callback):
             logger.log_metrics(values, step=step)
             if len(eigenvalues):
                 tags.write_histogram(experiment, eigenvalues, step)
-        self._drawn = True
+        self._drawn = self._shown = True
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if tags.EDGE_RATIO in values:
             trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
@@ -369,6 +387,18 @@ class SharpnessMonitor(Callback):
             self._say(
                 "the stability limits differ between parameters, so edge ratios are measured in units of them; "
                 "sharpness and threshold, which would be in other units, are not shown."
+            )
+
+    def _note_dropped(self, measurement: SharpnessMeasurement) -> None:
+        """Says once that numbers are missing because losses are not finite: often the first sign of divergence."""
+        if "mini" not in self._due:
+            return
+        if not measurement.mini_batch.values:
+            self._say("the loss is not finite: nothing is shown from here on while that is so, and training goes on.")
+        elif measurement.dropped:
+            self._say(
+                f"{measurement.dropped} of {measurement.dropped + len(measurement.mini_batch.values)} mini-batches "
+                "have a loss that is not finite; MiniBS is the mean over the others, the sharpest may be missing."
             )
 
     def _say(self, message: str) -> None:

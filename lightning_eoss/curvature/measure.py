@@ -81,6 +81,7 @@ class SharpnessMeasurement:
     control_mean: float  # v'Hs, the mean of the controls over all batches; NaN where the control variate is not valid
     batch_size: int  # samples of a mini-batch
     num_samples: int  # samples that FullBS was measured on; 0 where it was not
+    dropped: int  # mini-batches whose loss or curvature is not finite; the estimates are over the others
     audit: float  # largest relative shortfall of an audited mini-batch; above rel_error, all was solved from scratch
     residual: float  # largest relative residual of all values
     products_per_batch: float  # median over the mini-batches, audits apart
@@ -140,9 +141,19 @@ def measure_sharpness(
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, definitions 3.1 and 3.2.
     """
-    check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, tol=tol)
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative: it seeds numpy's SeedSequence.")
+    check_arguments(
+        rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed, tol=tol
+    )
+    if not isinstance(model, nn.Module) or not callable(loss_fn):
+        raise TypeError(
+            f"measure_sharpness takes (model, loss_fn, dataset), got a {type(model).__name__} as model and a "
+            f"{type(loss_fn).__name__} as loss_fn: loss_fn is called as loss_fn(model, batch)."
+        )
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"dataset={dataset!r} has no samples to index: pass a map-style data set or a sequence of samples, for a "
+            "DataLoader its .dataset, with collate_fn=loader.collate_fn."
+        )
     check_batch_size(batch_size, len(dataset))
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
 
@@ -158,9 +169,20 @@ def measure_sharpness(
 
 
 def check_arguments(
-    *, rel_error: float, num_batches: int, full_batch_samples: int | None, tol: float | None = None
+    *,
+    rel_error: float,
+    num_batches: int,
+    full_batch_samples: int | None,
+    seed: int,
+    tol: float | None = None,
 ) -> None:
-    """Refuses settings out of range."""
+    """Refuses settings of the wrong kind and out of range."""
+    whole("num_batches", num_batches)
+    whole("seed", seed)
+    if full_batch_samples is not None:
+        whole("full_batch_samples", full_batch_samples)
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative: it seeds numpy's SeedSequence.")
     if not rel_error > 0:
         raise ValueError(
             f"rel_error={rel_error} must be positive: it is the half-width of MiniBS's interval, relative."
@@ -175,8 +197,15 @@ def check_arguments(
         raise ValueError(f"tol={tol} must be positive, or None for 0.5 rel_error: it is a relative residual.")
 
 
+def whole(name: str, value: object) -> None:
+    """Refuses what counts nothing."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}.")
+
+
 def check_batch_size(batch_size: int, num_samples: int) -> None:
     """Refuses batch sizes that the data cannot give."""
+    whole("batch_size", batch_size)
     if num_samples < 1:
         raise ValueError("dataset is empty, so there is no loss whose sharpness could be measured. Pass training data.")
     if not 1 <= batch_size <= num_samples:
@@ -281,6 +310,7 @@ def measure(
         control_mean=control_mean,
         batch_size=solver.step_samples,
         num_samples=_num_samples(chunks),
+        dropped=len(sampled.rows) - len(sampled.good),
         audit=sampled.audit,
         residual=max((each for each in residuals if math.isfinite(each)), default=math.nan),
         products_per_batch=median(row.products for row in sampled.good) if sampled.good else math.nan,

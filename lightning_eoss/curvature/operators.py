@@ -61,6 +61,7 @@ class Graph:
     gradient: Tensor  # (P,) detached, in the Krylov dtype
     outputs: list[Tensor]  # gradients that depend on the parameters
     places: list[int]  # which parameters they belong to
+    depends: bool = True  # whether the loss has a graph at all
 
 
 def krylov_dtype(objective: Objective) -> torch.dtype:
@@ -96,7 +97,8 @@ def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = Tru
     parameters, dtype = objective.parameters, krylov_dtype(objective)
     loss = objective.evaluate(part)
     if not loss.requires_grad:
-        return Graph(loss.detach(), flattened([None] * len(parameters), parameters, dtype), [], [])
+        nothing = flattened([None] * len(parameters), parameters, dtype)
+        return Graph(loss.detach(), nothing + 0 * loss.detach(), [], [], depends=False)  # NaN stays NaN
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     places = [place for place, each in enumerate(gradients) if create_graph and each is not None and each.requires_grad]
     return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)
@@ -106,7 +108,7 @@ def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep:
     """(P,) Hessian of the graph's part times a (P,) vector; zeros where the gradient does not depend on a parameter."""
     parameters = objective.parameters
     if not graph.outputs:
-        return torch.zeros_like(vector)
+        return 0 * graph.loss * vector
     pieces = unflattened(vector, parameters)
     products = torch.autograd.grad(
         graph.outputs, parameters, [pieces[place] for place in graph.places], retain_graph=keep, allow_unused=True

@@ -116,6 +116,11 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
     graph = _untouched(objective, lambda: gradient_graph(objective, part))
     if not bool(torch.isfinite(graph.loss)):
         return Findings(kind, False, False, 0.0, 0.0, (_NOT_FINITE,))
+    if not graph.depends:
+        raise ValueError(
+            "The loss does not depend on any parameter with requires_grad=True (torch.no_grad, .detach() or .item() "
+            "inside loss_fn?), so its sharpness would be 0 everywhere. Return the loss with its graph."
+        )
     complaint = _second_derivative(objective, part, graph)
     differences = complaint is not None and complaint.startswith("Products")
     warnings = [_SUM] if kind == "sum" else []

@@ -4,7 +4,7 @@ import math
 
 from lightning_eoss.curvature.measure import SharpnessMeasurement
 from lightning_eoss.display import dashboard as tags
-from lightning_eoss.theory.stability import NoLimits, StabilityLimits
+from lightning_eoss.theory.stability import NoLimits, StabilityLimits, edge_ratio
 from lightning_eoss.theory.statistics import Estimate, scaled, shifted
 
 
@@ -82,9 +82,8 @@ def in_units_of(estimate: Estimate, limits: StabilityLimits) -> Estimate:
     Returns:
         The edge ratio with its interval.
     """
-    assert limits.scalar is not None
-    limit, decay = limits.scalar
-    return scaled(shifted(estimate, -decay), 1 / limit)
+    unit = edge_ratio(1.0, limits) - edge_ratio(0.0, limits)
+    return shifted(scaled(estimate, unit), -edge_ratio(0.0, limits))
 
 
 def _with_interval(tag: str, estimate: Estimate) -> dict[str, float]:

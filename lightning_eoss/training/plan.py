@@ -40,7 +40,7 @@ def affordable(
         cuts.append(f"MiniBS over at most {kept} instead of {plan.num_batches} mini-batches")
         plan = replace(plan, num_batches=kept)
     message = (
-        f"a measurement would take an estimated {sum(dear.values()):.0f} s at {product:.2g} s a product, "
+        f"a measurement would take an estimated {sum(dear.values()):.2g} s at {product:.2g} s a product, "
         f"more than max_seconds={max_seconds:g}: "
         f"{' and '.join(cuts)}."
     )

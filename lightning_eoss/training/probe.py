@@ -159,6 +159,8 @@ def training_loss(
             if loss_fn is not None:
                 return loss_fn(pl_module, batch)
             output = step(batch, batch_idx) if wants_index else step(batch)
+            if output is None:  # training skips this batch; without a loss it has no sharpness
+                return torch.tensor(torch.nan, device=next(pl_module.parameters()).device)
             return output.get("loss") if isinstance(output, Mapping) else output
 
     return loss

@@ -32,6 +32,8 @@ def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_
             f"every_n_train_steps={every_n_train_steps} and overhead={overhead} are two schedules: "
             "choose one, or neither for overhead=0.05."
         )
+    if every_n_train_steps is not None and (isinstance(every_n_train_steps, bool) or every_n_train_steps % 1):
+        raise TypeError(f"every_n_train_steps={every_n_train_steps!r} must be a whole number of steps.")
     if every_n_train_steps is not None and every_n_train_steps < 1:
         raise ValueError(
             f"every_n_train_steps={every_n_train_steps} must be at least 1; leave it out for a share of wall time."

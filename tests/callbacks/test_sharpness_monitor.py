@@ -467,3 +467,33 @@ def test_a_reloaded_loader_is_followed(tmp_path):
     sizes = [entry["sharpness/batch_size"] for entry in watch.history]
     assert sizes == [2.0] * 12 + [4.0] * 6
     assert torch.equal(watch._data.source.dataset.tensors[0], samples(24, seed=1).tensors[0])
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_skipped_batch_writes_no_point_and_training_goes_on(tmp_path):
+    """None means to Lightning that a batch is skipped, at the first measurement, too."""
+
+    class Skipping(Regressor):
+        def training_step(self, batch, batch_idx):
+            return None if self.current_epoch == 0 else super().training_step(batch, batch_idx)
+
+    watch = monitor(1)
+    with pytest.warns(UserWarning, match="not finite"):
+        fit(tmp_path, Skipping(), loader(), watch, max_epochs=2)
+    assert all(entry["step"] >= 6 for entry in watch.history if tags.MINI_BS in entry)
+    assert any(tags.MINI_BS in entry for entry in watch.history)
+
+
+def test_divergence_is_said_once(tmp_path):
+    """From the first loss that is not finite on there are no points; a warning says why."""
+    watch = monitor(1, num_batches=2)
+    with pytest.warns(UserWarning, match="the loss is not finite") as heard:
+        fit(tmp_path, Regressor(learning_rate=1e30), loader(), watch, max_epochs=2)
+    assert sum("the loss is not finite" in str(each.message) for each in heard) == 1
+
+
+def test_a_schedule_that_comes_to_nothing_is_said(tmp_path, monkeypatch):
+    """Under a share of wall time a short run may end before anything is paid for."""
+    monkeypatch.setattr(sharpness, "EAGER_SECONDS", 0.0)
+    with pytest.warns(UserWarning, match="before the first measurement could be paid for"):
+        fit(tmp_path, Regressor(), loader(), monitor(None, overhead=1e-6), max_epochs=1)

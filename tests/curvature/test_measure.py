@@ -525,5 +525,27 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_good_arguments_pass() -> None:
-    check_arguments(rel_error=0.1, num_batches=1, full_batch_samples=None)
+    check_arguments(rel_error=0.1, num_batches=1, full_batch_samples=None, seed=0)
     check_batch_size(22, 22)
+
+
+def test_a_loss_without_a_graph_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not depend on any parameter"):
+        measure_sharpness(made(mlp), lambda model, batch: squared_error(model, batch).detach(), DATA, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": squared_error}, "got a function as model"),
+        ({"loss_fn": None}, "NoneType as loss_fn"),
+        ({"dataset": torch.utils.data.DataLoader(DATA)}, "DataLoader its .dataset"),
+        ({"batch_size": "4"}, "batch_size='4' must be a whole number"),
+        ({"num_batches": 2.5}, "num_batches=2.5 must be a whole number"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments: dict[str, Any], message: str) -> None:
+    given = {"model": made(mlp), "loss_fn": squared_error, "dataset": DATA, "batch_size": 4, **arguments}
+    model, loss_fn, dataset = (given.pop(name) for name in ("model", "loss_fn", "dataset"))
+    with pytest.raises(TypeError, match=message):
+        measure_sharpness(model, loss_fn, dataset, **given)

@@ -380,15 +380,6 @@ def test_a_loss_that_is_no_number_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, Module(), loader(), monitor())
 
 
-def test_a_step_that_returns_nothing_is_refused(tmp_path: Path) -> None:
-    class Module(Regressor):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None
-
-    with pytest.raises(ValueError, match=r"must be a scalar tensor, got NoneType"):
-        fit(tmp_path, Module(), loader(), monitor())
-
-
 def test_a_step_that_changes_parameters_is_refused(tmp_path: Path) -> None:
     class Module(Regressor):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -487,7 +478,7 @@ class OverflowingAtOnce(Overflowing):
 
 
 @pytest.mark.filterwarnings("ignore:SharpnessMonitor. configure_gradient_clipping")
-@pytest.mark.filterwarnings("ignore:SharpnessMonitor. The loss is not finite at the first")
+@pytest.mark.filterwarnings("ignore:SharpnessMonitor. [Tt]he loss is not finite")
 @pytest.mark.parametrize(("module", "good"), [(Overflowing, [0, 6, 8, 10]), (OverflowingAtOnce, [4, 6, 8, 10])])
 def test_a_loss_that_is_not_finite_writes_no_point(module: Any, good: list[int], tmp_path: Path) -> None:
     watch = monitor()
