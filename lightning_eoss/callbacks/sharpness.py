@@ -26,6 +26,7 @@ from lightning_eoss.curvature.operators import krylov_dtype
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, WarmStart
 from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display.notes import notes
 from lightning_eoss.display.scalars import phase_point, scalars
 from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
@@ -230,8 +231,8 @@ class SharpnessMonitor(Callback):
         measurement, limits, in_limits = seen
         now = _now(pl_module)
         self._charge(measurement, now - arrived)
-        self._note_limits(limits, in_limits=in_limits)
-        self._note_dropped(measurement)
+        for note in notes(measurement, limits, in_limits=in_limits):
+            self._say(note)
         share = (self._spent + now - arrived) / (now - self._began)
         self._show(trainer, measurement, self._values(measurement, limits, in_limits=in_limits, share=share))
 
@@ -378,28 +379,6 @@ class SharpnessMonitor(Callback):
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if tags.EDGE_RATIO in values:
             trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
-
-    def _note_limits(self, limits: StabilityLimits | NoLimits, *, in_limits: bool) -> None:
-        """Says once why some curves are missing."""
-        if isinstance(limits, NoLimits):
-            self._say(f"no threshold, edge ratio or phase is shown: {limits.reason}.")
-        elif in_limits:
-            self._say(
-                "the stability limits differ between parameters, so edge ratios are measured in units of them; "
-                "sharpness and threshold, which would be in other units, are not shown."
-            )
-
-    def _note_dropped(self, measurement: SharpnessMeasurement) -> None:
-        """Says once that numbers are missing because losses are not finite: often the first sign of divergence."""
-        if "mini" not in self._due:
-            return
-        if not measurement.mini_batch.values:
-            self._say("the loss is not finite: nothing is shown from here on while that is so, and training goes on.")
-        elif measurement.dropped:
-            self._say(
-                f"{measurement.dropped} of {measurement.dropped + len(measurement.mini_batch.values)} mini-batches "
-                "have a loss that is not finite; MiniBS is the mean over the others, the sharpest may be missing."
-            )
 
     def _say(self, message: str) -> None:
         """Warns, each message once."""

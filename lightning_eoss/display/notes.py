@@ -1,0 +1,33 @@
+"""What a reader of the curves has to be told in words: why some are missing, or are not the whole truth."""
+
+from lightning_eoss.curvature.measure import SharpnessMeasurement
+from lightning_eoss.theory.stability import NoLimits, StabilityLimits
+
+
+def notes(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits, *, in_limits: bool) -> list[str]:
+    """Says what a measurement does not show.
+
+    Args:
+        measurement: What was measured.
+        limits: The optimizer's limits at that step.
+        in_limits: Whether it was measured in units of them.
+
+    Returns:
+        Sentences, the same ones for the same reasons.
+    """
+    found = []
+    if isinstance(limits, NoLimits):
+        found.append(f"no threshold, edge ratio or phase is shown: {limits.reason}.")
+    elif in_limits:
+        found.append(
+            "the stability limits differ between parameters, so edge ratios are measured in units of them; "
+            "sharpness and threshold, which would be in other units, are not shown."
+        )
+    if measurement.dropped and not measurement.mini_batch.values:  # often the first sign of divergence
+        found.append("the loss is not finite: nothing is shown while that is so, and training goes on.")
+    elif measurement.dropped:
+        found.append(
+            "the loss of some mini-batches is not finite; MiniBS is the mean over the others, and the sharpest may be "
+            "missing from it."
+        )
+    return found
