@@ -7,9 +7,8 @@ again from scratch: the *audit*.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -27,22 +26,17 @@ from lightning_eoss.curvature.objective import (
     full_batch,
     random_batches,
 )
-from lightning_eoss.curvature.operators import Operator, Reduce, Scaling
+from lightning_eoss.curvature.operators import Reduce, Scaling
 from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.sampling import Sampled, sample
 from lightning_eoss.curvature.solver import Lead, Plan, Solver, WarmStart
 from lightning_eoss.linalg.lanczos import LanczosResult
 from lightning_eoss.theory.statistics import (
     Estimate,
-    control_variate_estimate,
-    is_precise,
-    mean_estimate,
-    moments,
-    next_count,
     shifted,
     with_audit,
 )
 
-NUM_AUDITS = 2
 COARSER = 16  # a first measurement begins with this part of the data
 # Residuals of FullBS, in units of the plan's: its outliers lie closer together than a mini-batch's and take turns
 # at the top, so that only a small residual tells a stale one from a new one; before the first, nothing is known.
@@ -255,9 +249,8 @@ def measure(
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(derived_seed(plan.seed, 2, stream))
     solver = Solver(objective, plan, findings, generator, scaling or Scaling(), reduce, decide)
-    samples = 0.0  # that went through products
 
-    current_value, full_value, lead, is_cold = Eigenvalue(), Eigenvalue(), None, warm.top is None
+    current_value, is_cold, samples = Eigenvalue(), warm.top is None, 0.0  # samples that went through products
     if current is not None:
         result, _ = solver.solve_top(solver.operator([current]), warm)
         current_value = _eigenvalue(result)
@@ -265,24 +258,11 @@ def measure(
         if is_cold:
             warm = warm.after(result)  # better than nothing until FullBS is known
 
-    chunks: Batch = ()
-    passes = 0
-    if full:
-        chunks = full_batch(objective.source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
-        if is_cold and (fewer := _num_samples(chunks) // COARSER) >= plan.step_size:
-            # A part of the data leads most of the way, at a part of the price.
-            part = full_batch(objective.source, min(solver.chunk_size, fewer), max_samples=fewer, seed=plan.seed)
-            result, _ = solver.solve_top(solver.operator([part]), warm)
-            warm = warm.after(result)
-            samples += result.matvecs * _num_samples(part)
-        tol = COLD_TOL if is_cold else FULL_TOL
-        result, start = solver.solve_top(solver.operator([chunks]), warm, tol=tol)
-        full_value, passes, warm = _eigenvalue(result), result.matvecs, warm.after(result)
-        samples += passes * _num_samples(chunks)
-        if math.isfinite(full_value.value):
-            lead = Lead.known(start, result)
+    whole = _measure_full(solver, warm, is_cold=is_cold) if full else _Full(warm)
+    full_value, chunks, lead, warm = whole.value, whole.chunks, whole.lead, whole.warm
+    samples += whole.samples
 
-    sampled, control_mean = _Sampled(), math.nan
+    sampled, control_mean = Sampled(), math.nan
     if mini:
         population = objective.source.num_samples
         exact = plan.step_size >= population and batches is None  # one batch, and it is all there is
@@ -293,7 +273,7 @@ def measure(
             if lead and complete and not exact and findings.reduction == "mean":
                 control_mean = lead.mean
         lead = lead or Lead.guessed(warm, solver.random_starts(1))
-        sampled = _sample(solver, batches, lead, control_mean, exact=exact)
+        sampled = sample(solver, batches, lead, control_mean, exact=exact)
         samples += sampled.products * solver.step_samples
 
     plain, estimate = sampled.plain(reduce), sampled.estimate(control_mean, reduce)
@@ -314,141 +294,45 @@ def measure(
         audit=sampled.audit,
         residual=max((each for each in residuals if math.isfinite(each)), default=math.nan),
         products_per_batch=median(row.products for row in sampled.good) if sampled.good else math.nan,
-        full_passes=passes,
+        full_passes=whole.passes,
         hvps=samples / solver.step_samples,
         seconds=time.perf_counter() - began,
     )
     return measurement, warm
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What one mini-batch gave."""
+@dataclass(frozen=True, eq=False)
+class _Full:
+    """What the full batch gave."""
 
-    value: float  # NaN where its loss is not finite
-    control: float  # v'H_B s, see `Lead`
-    directional: float
-    residual: float  # relative
-    products: int
-
-
-@dataclass
-class _Sampled:
-    """What all mini-batches gave. Those whose loss is not finite do not count."""
-
-    exact: bool = False  # one batch that is all there is
-    rows: list[_Row] = field(default_factory=list)
-    shortfalls: list[float] = field(default_factory=list)  # by how much the audited values may be too low
-    differences: list[float] = field(default_factory=list)  # that the audits found, relative
-    products: int = 0
-
-    @property
-    def audit(self) -> float:
-        """The largest difference that an audit found."""
-        return max(self.differences, default=math.nan)
-
-    @property
-    def good(self) -> list[_Row]:
-        """The rows that count."""
-        return [row for row in self.rows if math.isfinite(row.value)]
-
-    def plain(self, reduce: Reduce) -> Estimate:
-        """MiniBS as the mean of the values."""
-        return self._mean([row.value for row in self.good], reduce)
-
-    def estimate(self, control_mean: float, reduce: Reduce) -> Estimate:
-        """MiniBS with the help of the controls."""
-        good = self.good
-        if self.exact or not good:
-            return self.plain(reduce)
-        values, controls = (tuple(column) for column in zip(*((row.value, row.control) for row in good), strict=True))
-        sums = reduce(moments(_tensor(values), _tensor(controls)))
-        return replace(control_variate_estimate(sums, control_mean), values=values)
-
-    def directional(self, reduce: Reduce) -> Estimate:
-        """Directional sharpness. A batch whose gradient is zero has none."""
-        return self._mean([row.directional for row in self.good if math.isfinite(row.directional)], reduce)
-
-    def _mean(self, values: list[float], reduce: Reduce) -> Estimate:
-        """Mean of values with its interval, which is a point where they are not a sample."""
-        if self.exact and values:
-            return Estimate(values[0], 0.0, values[0], values[0], (values[0],))
-        return replace(mean_estimate(reduce(moments(_tensor(values)))), values=tuple(values))
+    warm: WarmStart  # where the next measurement starts
+    value: Eigenvalue = Eigenvalue()
+    chunks: Batch = ()
+    passes: int = 0
+    samples: float = 0.0  # that went through products
+    lead: Lead | None = None  # where the mini-batches start
 
 
-def _sample(
-    solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_mean: float, *, exact: bool
-) -> _Sampled:
-    """Draws mini-batches in rounds until their mean is known well enough."""
-    plan, limit = solver.plan, 1 if exact else solver.plan.num_batches
-    sampled = _Sampled(exact)
-    wanted = list(islice(batches, next_count(0, limit)))
-    _add(solver, wanted, lead, sampled)
-    _audit(solver, wanted, sampled)
-    if lead is not None and solver.decide(sampled.audit > plan.rel_error):
-        # The warm start hides the top of the batches' spectra: everything again from scratch.
-        sampled = _Sampled(exact, differences=sampled.differences, products=sampled.products)
-        lead, control_mean = None, math.nan
-        _add(solver, wanted, lead, sampled)
-        _audit(solver, wanted, sampled)
-    while sampled.good:
-        drawn = len(sampled.rows)
-        estimate = sampled.estimate(control_mean, solver.reduce)
-        if solver.decide(drawn >= limit or is_precise(estimate, len(sampled.good), plan.rel_error)):
-            break
-        wanted = list(islice(batches, next_count(drawn, limit) - drawn))
-        if not wanted:
-            break
-        _add(solver, wanted, lead, sampled)
-    return sampled
-
-
-def _add(solver: Solver, batches: list[Batch], lead: Lead | None, sampled: _Sampled) -> None:
-    """Solves some mini-batches, as many at a time as fit the memory."""
-    for first in range(0, len(batches), solver.rows_at_once):
-        operator = solver.operator(batches[first : first + solver.rows_at_once])
-        rows = _solve(solver, operator, lead)
-        sampled.rows.extend(rows)
-        sampled.products += sum(row.products for row in rows)
-
-
-def _solve(solver: Solver, operator: Operator, lead: Lead | None) -> list[_Row]:
-    """Top eigenvalue, control and directional sharpness of each row."""
-    gradients = operator.gradients()
-    num_rows, sizes = len(gradients), torch.linalg.vector_norm(gradients, dim=1)
-    directions = gradients / torch.where(sizes > 0, sizes, 1.0)[:, None]
-    directional = torch.linalg.vecdot(directions, operator.matvec(directions))
-    directional = torch.where(sizes > 0, directional, torch.nan)
-    del gradients, directions
-    if lead is None:
-        controls, products = torch.full((num_rows,), math.nan), 1
-        result = solver.solve_from_scratch(operator, num_rows)
-    else:
-        starts = lead.start.expand(num_rows, -1).contiguous()
-        images = operator.matvec(starts)
-        controls, products = images @ lead.top, 2
-        result = solver.solve(operator, starts, image=images)
-    columns = (result.values[:, 0], controls, directional, result.residuals[:, 0], result.iterations)
-    return [
-        _Row(value, control, along, residual / max(abs(value), 1e-30), int(iterations) + products)
-        for value, control, along, residual, iterations in zip(*(column.tolist() for column in columns), strict=True)
-    ]
-
-
-def _audit(solver: Solver, batches: list[Batch], sampled: _Sampled) -> None:
-    """Solves some mini-batches again from scratch: those with the lowest values, which most likely missed something."""
-    finite = [place for place, row in enumerate(sampled.rows) if math.isfinite(row.value)]
-    chosen = sorted(finite, key=lambda place: sampled.rows[place].value)[:NUM_AUDITS]
-    if not chosen:
-        return
-    result = solver.solve_from_scratch(solver.operator([batches[place] for place in chosen]), len(chosen))
-    sampled.products += result.matvecs
-    for place, value, residual in zip(
-        chosen, result.values[:, 0].tolist(), result.residuals[:, 0].tolist(), strict=True
-    ):
-        found = sampled.rows[place].value
-        sampled.shortfalls.append(value + residual - found)  # the audit errs low itself, by its residual at most
-        sampled.differences.append((value - found) / max(abs(found), 1e-30))
+def _measure_full(solver: Solver, warm: WarmStart, *, is_cold: bool) -> _Full:
+    """FullBS; before the first one, a part of the data leads most of the way at a part of the price."""
+    plan, source, samples = solver.plan, solver.objective.source, 0.0
+    chunks = full_batch(source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
+    fewer = _num_samples(chunks) // COARSER
+    if is_cold and fewer >= plan.step_size:
+        part = full_batch(source, min(solver.chunk_size, fewer), max_samples=fewer, seed=plan.seed)
+        result, _ = solver.solve_top(solver.operator([part]), warm)
+        warm = warm.after(result)
+        samples += result.matvecs * _num_samples(part)
+    result, start = solver.solve_top(solver.operator([chunks]), warm, tol=COLD_TOL if is_cold else FULL_TOL)
+    value = _eigenvalue(result)
+    return _Full(
+        warm=warm.after(result),
+        value=value,
+        chunks=chunks,
+        passes=result.matvecs,
+        samples=samples + result.matvecs * _num_samples(chunks),
+        lead=Lead.known(start, result) if math.isfinite(value.value) else None,
+    )
 
 
 def _eigenvalue(result: LanczosResult) -> Eigenvalue:
@@ -462,8 +346,3 @@ def _eigenvalue(result: LanczosResult) -> Eigenvalue:
 def _num_samples(batch: Batch) -> int:
     """Samples of all its parts."""
     return sum(part.size for part in batch)
-
-
-def _tensor(values: Sequence[float]) -> Tensor:
-    """Numbers as they are, in float64."""
-    return torch.tensor(values, dtype=torch.float64)
