@@ -403,7 +403,7 @@ class SharpnessMonitor(Callback):
             "points": [(point.mean, point.stderr, point.lower, point.upper) for point in self._points],
             "ledgers": {quantity: asdict(ledger) for quantity, ledger in self._ledgers.items()},
             "findings": None if self._findings is None else asdict(self._findings),
-            "warm_start": {"top": top, "others": self._warm.others} if save else {},
+            "warm_start": {"top": top, "others": self._warm.others, "of_full": self._warm.of_full} if save else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -433,7 +433,8 @@ def _fitting(warm: WarmStart, objective: Objective) -> WarmStart:
     if warm.top is None or warm.top.numel() != objective.num_parameters:
         return WarmStart()
     like = _like(objective)
-    return WarmStart(*(None if vector is None else vector.to(like) for vector in (warm.top, warm.others)))
+    others = None if warm.others is None else warm.others.to(like)
+    return replace(warm, top=warm.top.to(like), others=others)
 
 
 def _tensor(values: tuple[float, ...]) -> Tensor:

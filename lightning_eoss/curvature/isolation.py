@@ -40,6 +40,8 @@ _NOT_ENTERED = (
     MethodType,
     *_GENERATORS,
 )
+# Live iterators, their queues and locks: other threads change them meanwhile, and to put one back would lose batches.
+_ALIVE = ("multiprocessing.", "threading", "queue", "_thread", "_queue", "torch.utils.data.dataloader")
 _MODULE_INTERNALS = ("_parameters", "_buffers", "_modules")  # and all hook dictionaries
 
 
@@ -315,6 +317,8 @@ def _reachable(objects: Iterable[Any], depth: int = 3) -> list[Any]:
 
     def visit(target: Any, remaining: int) -> None:
         if id(target) in found or isinstance(target, _NOT_ENTERED) or not hasattr(target, "__dict__"):
+            return
+        if type(target).__module__.startswith(_ALIVE):
             return
         found[id(target)] = target
         if remaining:

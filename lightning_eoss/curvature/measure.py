@@ -250,15 +250,15 @@ def measure(
     generator = torch.Generator().manual_seed(derived_seed(plan.seed, 2, stream))
     solver = Solver(objective, plan, findings, generator, scaling or Scaling(), reduce, decide)
 
-    current_value, is_cold, samples = Eigenvalue(), warm.top is None, 0.0  # samples that went through products
+    current_value, samples = Eigenvalue(), 0.0  # samples that went through products
     if current is not None:
         result, _ = solver.solve_top(solver.operator([current]), warm)
         current_value = _eigenvalue(result)
         samples += result.matvecs * _num_samples(current)
-        if is_cold:
+        if warm.top is None:
             warm = warm.after(result)  # better than nothing until FullBS is known
 
-    whole = _measure_full(solver, warm, is_cold=is_cold) if full else _Full(warm)
+    whole = _measure_full(solver, warm) if full else _Full(warm)
     full_value, chunks, lead, warm = whole.value, whole.chunks, whole.lead, whole.warm
     samples += whole.samples
 
@@ -313,20 +313,21 @@ class _Full:
     lead: Lead | None = None  # where the mini-batches start
 
 
-def _measure_full(solver: Solver, warm: WarmStart, *, is_cold: bool) -> _Full:
+def _measure_full(solver: Solver, warm: WarmStart) -> _Full:
     """FullBS; before the first one, a part of the data leads most of the way at a part of the price."""
     plan, source, samples = solver.plan, solver.objective.source, 0.0
     chunks = full_batch(source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
     fewer = _num_samples(chunks) // COARSER
-    if is_cold and fewer >= plan.step_size:
+    tol = FULL_TOL if warm.of_full else COLD_TOL
+    if not warm.of_full and fewer >= plan.step_size:
         part = full_batch(source, min(solver.chunk_size, fewer), max_samples=fewer, seed=plan.seed)
         result, _ = solver.solve_top(solver.operator([part]), warm)
         warm = warm.after(result)
         samples += result.matvecs * _num_samples(part)
-    result, start = solver.solve_top(solver.operator([chunks]), warm, tol=COLD_TOL if is_cold else FULL_TOL)
+    result, start = solver.solve_top(solver.operator([chunks]), warm, tol=tol)
     value = _eigenvalue(result)
     return _Full(
-        warm=warm.after(result),
+        warm=warm.after(result, of_full=True),
         value=value,
         chunks=chunks,
         passes=result.matvecs,

@@ -53,6 +53,7 @@ class WarmStart:
 
     top: Tensor | None = None  # (P,) unit top eigenvector
     others: Tensor | None = None  # (P,) unit mix of the other outliers, weighted by eigenvalue
+    of_full: bool = False  # whether they are the full batch's
 
     def mixed(self, noise: Tensor) -> Tensor:
         """(B, P) starts from unit noise: mostly the top, some of the other outliers in case they overtake."""
@@ -61,7 +62,7 @@ class WarmStart:
             start = start + _OTHERS * self.others
         return start if self.top is None else start + self.top
 
-    def after(self, result: LanczosResult) -> "WarmStart":
+    def after(self, result: LanczosResult, *, of_full: bool = False) -> "WarmStart":
         """From the eigenpairs of a result's only row; unchanged where they are not finite."""
         assert result.vectors is not None
         values, vectors = result.values[0], result.vectors[0]
@@ -71,7 +72,7 @@ class WarmStart:
         weights[0] = 0.0
         others = weights @ torch.nan_to_num(vectors)
         norm = float(torch.linalg.vector_norm(others))
-        return WarmStart(vectors[0].clone(), others / norm if norm > 0 else None)
+        return WarmStart(vectors[0].clone(), others / norm if norm > 0 else None, of_full)
 
 
 @dataclass(frozen=True, eq=False)

@@ -236,7 +236,8 @@ def training_data(
                 "a loader (or a list) of the batches that training_step gets, on data to measure on."
             )
         reach = _reach(trainer, loader)
-    with isolated(pl_module, [loader]):  # iterating a loader or a sampler draws from generators
+    drawn_from = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+    with isolated(pl_module, [loader, *drawn_from]):  # iterating a loader or a sampler draws from generators
         if _indexable(loader):
             return _indexed(loader, transfer, reach)
         batches = list(_first_samples(loader, max_samples))

@@ -1,5 +1,7 @@
 """What an evaluation may change, and that it is put back. `test_measure.py` holds the same for whole measurements."""
 
+import multiprocessing
+import queue
 import random
 from collections import deque
 from typing import Any
@@ -196,3 +198,21 @@ def test_inside_everything_can_be_differentiated_twice() -> None:
         )
         torch.autograd.grad(gradient.square().sum(), query)
     assert torch.is_grad_enabled()
+
+
+def test_live_iterators_and_queues_are_left_alone() -> None:
+    """Other threads change them meanwhile: what they took out of a queue must not come back."""
+
+    class Source:
+        def __init__(self) -> None:
+            self.queue = multiprocessing.Queue()
+            self.threads = queue.SimpleQueue()
+            self.pending = queue.Queue()
+            self.pending.put("taken meanwhile")
+
+    source = Source()
+    with isolated(nn.Linear(1, 1), [source]) as isolation:
+        source.pending.get()
+        isolation.restore()
+    assert source.pending.empty()
+    source.queue.close()
