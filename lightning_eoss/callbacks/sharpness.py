@@ -22,7 +22,7 @@ from lightning_eoss.curvature.objective import (
     derived_seed,
     num_samples_of,
 )
-from lightning_eoss.curvature.operators import krylov_dtype
+from lightning_eoss.curvature.operators import krylov_like
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, WarmStart
 from lightning_eoss.display import dashboard as tags
@@ -253,7 +253,7 @@ class SharpnessMonitor(Callback):
             limits = applied_limits(trainer)
             scaling = None
             if isinstance(limits, StabilityLimits):
-                scaling = scaling_of(limits, objective.parameters, _like(objective))
+                scaling = scaling_of(limits, objective.parameters, krylov_like(objective))
             if self._plan is None:
                 # In units of the limits there is no curve for the current batch.
                 self._prepare(trainer, objective, current=scaling is None and sees_batches(pl_module))
@@ -423,16 +423,11 @@ def _now(pl_module: Any) -> float:
     return time.perf_counter()
 
 
-def _like(objective: Objective) -> Tensor:
-    """A vector with the dtype and device of Krylov vectors."""
-    return torch.empty(0, dtype=krylov_dtype(objective), device=objective.parameters[0].device)
-
-
 def _fitting(warm: WarmStart, objective: Objective) -> WarmStart:
     """The warm start on the device of the parameters; none where it is of other parameters."""
     if warm.top is None or warm.top.numel() != objective.num_parameters:
         return WarmStart()
-    like = _like(objective)
+    like = krylov_like(objective)
     others = None if warm.others is None else warm.others.to(like)
     return replace(warm, top=warm.top.to(like), others=others)
 

@@ -72,6 +72,11 @@ def krylov_dtype(objective: Objective) -> torch.dtype:
     return widest
 
 
+def krylov_like(objective: Objective) -> Tensor:
+    """An empty vector with the dtype and device of Krylov vectors."""
+    return torch.empty(0, dtype=krylov_dtype(objective), device=objective.parameters[0].device)
+
+
 def flattened(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One vector of all pieces, zeros where a piece is missing."""
     pieces = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_eoss.curvature.objective import Batch, Objective, split
-from lightning_eoss.curvature.operators import Operator, Reduce, Scaling, Sequential, Stacked, krylov_dtype
+from lightning_eoss.curvature.operators import Operator, Reduce, Scaling, Sequential, Stacked, krylov_like
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.linalg.lanczos import LanczosResult, lanczos, random_start
 
@@ -126,7 +126,7 @@ class Solver:
     @property
     def like(self) -> Tensor:
         """A vector with the Krylov dtype and device."""
-        return torch.empty(0, dtype=krylov_dtype(self.objective), device=self.objective.parameters[0].device)
+        return krylov_like(self.objective)
 
     @property
     def vector_bytes(self) -> int:
