@@ -21,7 +21,7 @@ def committed(batch_size: int, learning_rate: float) -> list[float]:
 @pytest.mark.slow
 def test_small_batches_settle_with_the_directional_sharpness_at_the_threshold():
     """b = 16, lr = 1: directional at 1, MiniBS between 1 and 2, FullBS below it (last-third means)."""
-    found = edge_on_digits.settled(16, 1.0, 4000)
+    found = edge_on_digits.settled(16, 1.0, 6000)
     assert [found[tag] for tag in edge_on_digits.RATIOS] == pytest.approx(committed(16, 1.0), abs=0.1)
     assert 0.85 <= found[tags.EDGE_RATIO_DIRECTIONAL] <= 1.15
     assert 1 < found[tags.EDGE_RATIO] < 2
