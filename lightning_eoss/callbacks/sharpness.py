@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eoss.curvature.isolation import noted_generators
@@ -33,28 +32,22 @@ from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
 from lightning_eoss.training.plan import affordable, described
 from lightning_eoss.training.probe import (
-    TrainingData,
     applied_limits,
     cautions,
     effective_parts,
-    is_live,
-    logging_step,
     refuse,
     refuse_frozen,
     sampler_batches,
     scaling_of,
     sees_batches,
     steps_now,
-    training_data,
-    training_loss,
 )
-from lightning_eoss.training.quiet import quiet
 from lightning_eoss.training.schedule import Ledger, charged, check_schedule, due_by_share, due_by_step
+from lightning_eoss.training.watch import Watch, now
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
 QUANTITIES = ("current", "mini", "full")
 SMALL_MODEL = 10_000_000  # parameters up to which warm starts go into checkpoints
-HISTORY = 10_000  # entries, above which the older half is thinned
 EAGER_SECONDS = 5.0  # a first measurement cheaper than this does not wait
 
 
@@ -134,7 +127,9 @@ class SharpnessMonitor(Callback):
         self.precision = precision
         self.save_warm_start = save_warm_start
 
-        self.history: list[dict[str, float]] = []
+        self._watch = Watch(
+            type(self).__name__, loss_fn, dataloader, full_batch_samples, as_trained=precision == "as_trained"
+        )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
         self._warm = WarmStart()
@@ -143,9 +138,6 @@ class SharpnessMonitor(Callback):
         self._findings: Findings | None = None
         # What follows is of one fit.
         self._plan: Plan | None = None
-        self._data: TrainingData | None = None
-        self._began = time.perf_counter()
-        self._spent = 0.0  # seconds in hooks since fit began
         self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
         self._window: list[Part] = []  # its loader batches
         self._window_begins = True
@@ -154,7 +146,11 @@ class SharpnessMonitor(Callback):
         self._notes: list[str] = []
         self._drawn = False  # whether loggers have the dashboard
         self._shown = False  # whether anything has been measured
-        self._said: set[str] = set()
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
+        return self._watch.history
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
@@ -163,20 +159,20 @@ class SharpnessMonitor(Callback):
         if stage != "fit":
             return
         refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
-        self._findings = self._plan = self._data = None
+        self._findings = self._plan = self._watch.data = None
         self._drawn = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
         refuse_frozen(pl_module, type(self).__name__)
-        self._began, self._spent = time.perf_counter(), 0.0
+        self._watch.begin()
         self._window, self._window_begins, self._fresh, self._last_step = [], True, True, -1
         self._shown = False
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Says so where the schedule came to nothing."""
         if self._plan is not None and not self._shown:
-            self._say(
+            self._watch.say(
                 "training ended before the first measurement could be paid for. Raise overhead, or measure at fixed "
                 "steps with every_n_train_steps."
             )
@@ -189,12 +185,12 @@ class SharpnessMonitor(Callback):
         self._window_begins = steps_now(trainer)
         try:
             if self._due:
-                arrived = _now(pl_module)  # what the device is still doing is training's
+                arrived = now(pl_module)  # what the device is still doing is training's
                 self._collect(batch, effective_parts(trainer))
                 if self._window_begins:
                     self._measure(trainer, pl_module, batch_idx, arrived)
         finally:
-            self._spent += (_now(pl_module) if self._due else time.perf_counter()) - arrived
+            self._watch.spent += (now(pl_module) if self._due else time.perf_counter()) - arrived
 
     def _collect(self, batch: Any, parts: int) -> None:
         """Keeps a micro-batch: a window is measured at once, each part with the random numbers of its own pass."""
@@ -208,8 +204,8 @@ class SharpnessMonitor(Callback):
             due = due_by_step(step, self.every_n_train_steps) and step != self._last_step
             return frozenset(self._ledgers if due else ())
         assert self.overhead is not None
-        elapsed, eager = time.perf_counter() - self._began, EAGER_SECONDS if self._fresh else 0.0
-        return due_by_share(self._ledgers, self._spent, elapsed, self.overhead, eager=eager)
+        eager = EAGER_SECONDS if self._fresh else 0.0
+        return due_by_share(self._ledgers, self._watch.spent, self._watch.elapsed, self.overhead, eager=eager)
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
@@ -222,18 +218,18 @@ class SharpnessMonitor(Callback):
         except Exception as error:
             if first:  # little is lost yet, and what is wrong now will stay wrong
                 raise
-            self._say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
+            self._watch.say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
             return
         finally:
             self._fresh, self._last_step = False, trainer.global_step
         if seen is None:
             return
         measurement, limits, in_limits = seen
-        now = _now(pl_module)
-        self._charge(measurement, now - arrived)
+        seconds = now(pl_module) - arrived
+        self._charge(measurement, seconds)
         for note in notes(measurement, limits, in_limits=in_limits):
-            self._say(note)
-        share = (self._spent + now - arrived) / (now - self._began)
+            self._watch.say(note)
+        share = (self._watch.spent + seconds) / self._watch.elapsed
         self._show(trainer, measurement, self._values(measurement, limits, in_limits=in_limits, share=share))
 
     def _look(
@@ -241,15 +237,10 @@ class SharpnessMonitor(Callback):
     ) -> tuple[SharpnessMeasurement, StabilityLimits | NoLimits, bool] | None:
         """A measurement of the module as it is, with its limits and whether it is in units of them."""
         step = trainer.global_step
-        if self._data is None or (self.dataloader is None and not is_live(self._data, trainer)):
-            name = type(self).__name__
-            self._data = training_data(trainer, pl_module, name, self.dataloader, self.full_batch_samples)
-            if self._plan is not None:
-                self._plan = replace(self._plan, batch_size=self.batch_size or self._data.batch_size)
-        with quiet(trainer, pl_module, (*self._data.objects, self.loss_fn)) as isolation:
-            as_trained = self.precision == "as_trained"
-            loss = training_loss(trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=as_trained)
-            objective = Objective(pl_module, loss, self._data.source, isolation)
+        with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
+            assert self._watch.data is not None
+            if self._plan is not None:  # the Trainer may have reloaded its data
+                self._plan = replace(self._plan, batch_size=self.batch_size or self._watch.data.batch_size)
             limits = applied_limits(trainer)
             scaling = None
             if isinstance(limits, StabilityLimits):
@@ -262,10 +253,10 @@ class SharpnessMonitor(Callback):
                 return None
             plan = replace(self._plan, parts=self._parts(trainer))
             batches = None
-            if self._data.sampler is not None and "mini" in self._due:
+            if self._watch.data.sampler is not None and "mini" in self._due:
                 isolation.reseed(derived_seed(self.seed, 4, step))
                 seed = derived_seed(self.seed, 5, step)
-                batches = sampler_batches(self._data, parts=plan.parts, count=plan.num_batches, seed=seed)
+                batches = sampler_batches(self._watch.data, parts=plan.parts, count=plan.num_batches, seed=seed)
             assert self._findings is not None
             measurement, self._warm = measure(
                 objective,
@@ -283,25 +274,25 @@ class SharpnessMonitor(Callback):
 
     def _prepare(self, trainer: Any, objective: Objective, *, current: bool) -> None:
         """Finds out what the loss allows and what a measurement costs, cuts what is too dear, and says so in a line."""
-        assert self._data is not None
-        if self.batch_size is not None and isinstance(self._data.source, BatchListSource):
+        assert self._watch.data is not None
+        if self.batch_size is not None and isinstance(self._watch.data.source, BatchListSource):
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
                 "or pass a DataLoader over a map-style data set."
             )
-        num_samples, batch_size = self._data.source.num_samples, self.batch_size or self._data.batch_size
+        num_samples, batch_size = self._watch.data.source.num_samples, self.batch_size or self._watch.data.batch_size
         check_batch_size(batch_size, num_samples)
         parts = self._parts(trainer)
         findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
         for warning in (*findings.warnings, *cautions(trainer, objective.module)):
-            self._say(warning)
+            self._watch.say(warning)
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
         self._findings = findings
         plan = Plan(batch_size, parts, self.rel_error, self.num_batches, self.full_batch_samples, self.seed)
         self._plan, costs, cut = affordable(plan, findings, num_samples, self.max_seconds)
         if cut:
-            self._say(cut)
+            self._watch.say(cut)
         if not current:
             self._ledgers.pop("current", None)
         self._ledgers = {
@@ -314,17 +305,17 @@ class SharpnessMonitor(Callback):
             often = len(self._ledgers) * costs["mini"] / share
             schedule = f"{100 * share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
         self._notes = described(self._plan, num_samples, objective.num_parameters, seconds, schedule)
-        if self._data.sampler is not None:
+        if self._watch.data.sampler is not None:
             self._notes.append(
                 "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, "
                 "no control variate"
             )
-        rank_zero_info(f"{type(self).__name__}: {'; '.join(self._notes)}.")
+        self._watch.announce(self._notes)
 
     def _parts(self, trainer: Any) -> int:
         """Loader batches of one optimizer step as it is now, or 1 where the user chose a batch size."""
-        assert self._data is not None
-        there = self._data.source.num_samples // self._data.batch_size
+        assert self._watch.data is not None
+        there = self._watch.data.source.num_samples // self._watch.data.batch_size
         return 1 if self.batch_size else max(1, min(effective_parts(trainer), there))
 
     def _charge(self, measurement: SharpnessMeasurement, seconds: float) -> None:
@@ -359,32 +350,23 @@ class SharpnessMonitor(Callback):
 
     def _show(self, trainer: Any, measurement: SharpnessMeasurement, values: dict[str, float]) -> None:
         """Scalars to every logger, the dashboard to those that have one, the last values to the Trainer."""
-        step, eigenvalues = logging_step(trainer), _tensor(measurement.mini_batch.values)
-        self.history.append({"step": float(step), **values})
-        if len(self.history) > HISTORY:
-            self.history = self.history[: HISTORY // 2 : 2] + self.history[HISTORY // 2 :]
+        eigenvalues = _tensor(measurement.mini_batch.values)
         if len(eigenvalues):
             self.mini_batch_sharpness.reset()
             self.mini_batch_sharpness.control_mean = measurement.control_mean
             self.mini_batch_sharpness.update(eigenvalues, _tensor(measurement.controls))
-        for logger in trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
-            if not self._drawn:
+        experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        if not self._drawn:
+            for experiment in experiments:
                 tags.write_layout(experiment)
                 tags.write_guide(experiment, self._notes)
-            logger.log_metrics(values, step=step)
-            if len(eigenvalues):
+        step = self._watch.publish(trainer, values)
+        if len(eigenvalues):
+            for experiment in experiments:
                 tags.write_histogram(experiment, eigenvalues, step)
         self._drawn = self._shown = True
-        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if tags.EDGE_RATIO in values:
             trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
-
-    def _say(self, message: str) -> None:
-        """Warns, each message once."""
-        if message not in self._said:
-            self._said.add(message)
-            rank_zero_warn(f"{type(self).__name__}: {message}")
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -408,19 +390,11 @@ class SharpnessMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved monitor stood."""
-        self.history = list(state_dict["history"])
+        self._watch.history = list(state_dict["history"])
         self._points = deque((Estimate(*point) for point in state_dict["points"]), maxlen=5)
         self._ledgers = {quantity: Ledger(**ledger) for quantity, ledger in state_dict["ledgers"].items()}
         self._findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
         self._warm = WarmStart(**state_dict["warm_start"])
-
-
-def _now(pl_module: Any) -> float:
-    """The time at which the device has done all that it was told."""
-    device = next(pl_module.parameters()).device
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-    return time.perf_counter()
 
 
 def _fitting(warm: WarmStart, objective: Objective) -> WarmStart:

@@ -20,6 +20,7 @@ from lightning_eoss.callbacks import sharpness
 from lightning_eoss.curvature.solver import WarmStart
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.theory.statistics import PHASES
+from lightning_eoss.training import watch as watch_module
 from tests.problems import dense_gradient_and_hessian, squared_error, top
 from tests.runs import Regressor, cells, fit, loader, monitor, points, samples, seeded, trainer_of
 
@@ -277,7 +278,7 @@ def test_the_edge_ratio_is_on_the_progress_bar(tmp_path: Path) -> None:
 
 
 def test_history_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharpness, "HISTORY", 8)
+    monkeypatch.setattr(watch_module, "HISTORY", 8)
     watch = monitor(1)
     fit(tmp_path, Regressor(), loader(), watch)
     assert [point["step"] for point in watch.history] == [0, 4, 6, 7, 8, 9, 10, 11]
@@ -466,7 +467,7 @@ def test_a_reloaded_loader_is_followed(tmp_path):
     fit(tmp_path, module, None, watch, max_epochs=2, reload_dataloaders_every_n_epochs=1)
     sizes = [entry["sharpness/batch_size"] for entry in watch.history]
     assert sizes == [2.0] * 12 + [4.0] * 6
-    assert torch.equal(watch._data.source.dataset.tensors[0], samples(24, seed=1).tensors[0])
+    assert torch.equal(watch._watch.data.source.dataset.tensors[0], samples(24, seed=1).tensors[0])
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

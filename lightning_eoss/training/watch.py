@@ -1,0 +1,107 @@
+"""What every monitor does around a measurement: its clock, its way to the data, its words, its points."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_eoss.curvature.isolation import Isolation
+from lightning_eoss.curvature.objective import Objective
+from lightning_eoss.training.probe import TrainingData, is_live, logging_step, training_data, training_loss
+from lightning_eoss.training.quiet import quiet
+
+HISTORY = 10_000  # entries, above which the older half is thinned
+
+
+@dataclass
+class Watch:
+    """A training, seen from a monitor."""
+
+    name: str  # the monitor's, for messages
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    dataloader: Iterable[Any] | None = None
+    max_samples: int | None = None  # that an iterable of unknown length is read for
+    as_trained: bool = False  # under training's own autocast
+    history: list[dict[str, float]] = field(default_factory=list)
+    data: TrainingData | None = None
+    began: float = field(default_factory=time.perf_counter)
+    spent: float = 0.0  # seconds in hooks since fit began
+    _said: set[str] = field(default_factory=set)
+
+    def begin(self) -> None:
+        """Starts the clock of a fit."""
+        self.began, self.spent = time.perf_counter(), 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since fit began."""
+        return time.perf_counter() - self.began
+
+    @contextmanager
+    def objective(self, trainer: Any, pl_module: Any, batch_idx: int) -> Iterator[tuple[Objective, Isolation]]:
+        """The loss that training steps on, as a function of any samples; nothing that is done with it is ever seen.
+
+        Args:
+            trainer: The Trainer that runs.
+            pl_module: The module that it trains.
+            batch_idx: What `training_step` is told where it asks.
+
+        Yields:
+            The objective, and the isolation that it lives in.
+        """
+        if self.data is None or (self.dataloader is None and not is_live(self.data, trainer)):
+            self.data = training_data(trainer, pl_module, self.name, self.dataloader, self.max_samples)
+        with quiet(trainer, pl_module, (*self.data.objects, self.loss_fn)) as isolation:
+            loss = training_loss(
+                trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=self.as_trained
+            )
+            yield Objective(pl_module, loss, self.data.source, isolation), isolation
+
+    def publish(self, trainer: Any, values: dict[str, float]) -> int:
+        """Gives scalars to every logger and to the Trainer, and keeps them.
+
+        Args:
+            trainer: The Trainer that runs.
+            values: Tag to value.
+
+        Returns:
+            The x at which they stand, that of the loss of the batch at hand.
+        """
+        step = logging_step(trainer)
+        self.history.append({"step": float(step), **values})
+        if len(self.history) > HISTORY:
+            self.history[: HISTORY // 2] = self.history[: HISTORY // 2 : 2]
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
+        return step
+
+    def say(self, message: str) -> None:
+        """Warns, each message once."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"{self.name}: {message}")
+
+    def announce(self, notes: Iterable[str]) -> None:
+        """Says in a line what is going to be measured."""
+        rank_zero_info(f"{self.name}: {'; '.join(notes)}.")
+
+
+def now(pl_module: Any) -> float:
+    """The time at which the device has done all that it was told.
+
+    Args:
+        pl_module: A module, which tells the device.
+
+    Returns:
+        Seconds of `time.perf_counter`.
+    """
+    device = next(pl_module.parameters()).device
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
