@@ -113,6 +113,21 @@ def num_samples_of(batch: Any) -> int:
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
+def scalar(loss: Any) -> Tensor:
+    """The loss of a batch as a tensor without dimensions.
+
+    Raises:
+        ValueError: If it is not a scalar tensor.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+        raise ValueError(
+            f"The loss of a batch must be a scalar tensor, got {what}: a sharpness is the curvature of one number. "
+            "Reduce it (mean over the samples) in training_step or loss_fn."
+        )
+    return loss if loss.ndim == 0 else loss.reshape(())  # a view would hide which function made it
+
+
 @dataclass
 class Objective:
     """The loss of a batch at the module's present parameters, the same bits each time that it is evaluated.
@@ -166,14 +181,7 @@ class Objective:
         """
         batch = self.load(part)
         self.prepare(part)
-        loss = self.loss(batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
-            raise ValueError(
-                f"The loss of a batch must be a scalar tensor, got {what}: a sharpness is the curvature of one number. "
-                "Reduce it (mean over the samples) in training_step or loss_fn."
-            )
-        return loss if loss.ndim == 0 else loss.reshape(())  # a view would hide which function made it
+        return scalar(self.loss(batch))
 
     def prepare(self, part: Part) -> None:
         """Puts back what an earlier pass changed and sets the generators."""
@@ -216,6 +224,23 @@ def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int
             Part(1 / parts, source.size(piece), tuple(piece), derived_seed(own, index))
             for index, piece in enumerate(drawn[i * batch_size : (i + 1) * batch_size] for i in range(parts))
         )
+
+
+def disjoint_batches(source: Source, batch_size: int, *, seed: int) -> Iterator[Batch]:
+    """The batches of one epoch: a random permutation cut in pieces of `batch_size`, the short last one left out.
+
+    Args:
+        source: Where the samples come from.
+        batch_size: Samples of a batch.
+        seed: Fixes the permutation.
+
+    Yields:
+        Batches that share no sample.
+    """
+    drawn = random.Random(seed).sample(range(source.num_samples), source.num_samples)
+    for number in range(source.num_samples // batch_size):
+        piece = tuple(drawn[number * batch_size : (number + 1) * batch_size])
+        yield (Part(1.0, source.size(piece), piece, derived_seed(seed, 2, number)),)
 
 
 def full_batch(source: Source, chunk_size: int, *, max_samples: int | None = None, seed: int = 0) -> Batch:

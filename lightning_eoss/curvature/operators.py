@@ -2,6 +2,7 @@ r"""Products with the Hessians of B batches at once, in coordinates scaled by th
 
 Row b of the operator is A_b = D^{-1/2} (H_b + W) D^{-1/2}: H_b the Hessian of the batch's loss, D the stability limits,
 W the coupled weight decay. D = 1 and W = 0 give the Hessian itself. The full batch is one more row, made of many parts.
+Another `Curvature` may stand for H_b (`gauss_newton`).
 
 Products are reverse-over-reverse: the graph of the gradient is built once and differentiated once a product (1.3 to 1.5
 gradients), either batch after batch on the module's own parameters, or for all batches in one stacked pass (`Stacked`).
@@ -102,11 +103,16 @@ def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = Tru
     parameters, dtype = objective.parameters, krylov_dtype(objective)
     loss = objective.evaluate(part)
     if not loss.requires_grad:
-        nothing = flattened([None] * len(parameters), parameters, dtype)
-        return Graph(loss.detach(), nothing + 0 * loss.detach(), [], [], depends=False)  # NaN stays NaN
+        return constant_graph(objective, loss.detach())
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     places = [place for place, each in enumerate(gradients) if create_graph and each is not None and each.requires_grad]
     return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)
+
+
+def constant_graph(objective: Objective, loss: Tensor) -> Graph:
+    """What stands in for the graph of a loss that depends on no parameter."""
+    nothing = flattened([None] * len(objective.parameters), objective.parameters, krylov_dtype(objective))
+    return Graph(loss, nothing + 0 * loss, [], [], depends=False)  # NaN stays NaN
 
 
 def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep: bool) -> Tensor:
@@ -122,30 +128,49 @@ def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep:
 
 
 def difference_product(objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0) -> Tensor:
-    r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`.
+    r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`."""
+    return central_difference(
+        objective, lambda: gradient_graph(objective, part, create_graph=False).gradient, vector, length=length
+    )
+
+
+def central_difference(
+    objective: Objective, function: Callable[[], Tensor], vector: Tensor, *, length: float = 1.0
+) -> Tensor:
+    r""":math:`(f(\theta + \epsilon v) - f(\theta - \epsilon v)) / 2\epsilon` of a function of the parameters.
 
     The parameters are moved in place and put back from a copy, to the bit. The step balances rounding against the third
     derivative of a smooth loss; `length` is a factor to it.
     """
     norm = float(vector.norm())
-    if norm == 0:
-        return torch.zeros_like(vector)
     parameters = objective.parameters
     size = math.sqrt(sum(float(each.detach().square().sum()) for each in parameters))
-    epsilon = length * float(torch.finfo(vector.dtype).eps ** (1 / 3)) * max(1.0, size) / norm
+    epsilon = length * float(torch.finfo(vector.dtype).eps ** (1 / 3)) * max(1.0, size) / (norm or 1.0)
     originals = [parameter.detach().clone() for parameter in parameters]
     steps = unflattened(vector, parameters)
 
-    def gradient_at(sign: float) -> Tensor:
+    def value_at(sign: float) -> Tensor:
         for parameter, original, step in zip(parameters, originals, steps, strict=True):
             parameter.data.copy_(original + sign * epsilon * step)
-        return gradient_graph(objective, part, create_graph=False).gradient
+        return function()
 
     try:
-        return (gradient_at(1.0) - gradient_at(-1.0)) / (2 * epsilon)
+        return (value_at(1.0) - value_at(-1.0)) / (2 * epsilon)
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data.copy_(original)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Which matrix of a part's loss an operator multiplies."""
+
+    graph: Callable[..., Graph]  # (objective, part, create_graph=): evaluates the part, ready for products
+    product: Callable[..., Tensor]  # (objective, graph, vector, keep=): (P,) of the matrix times a (P,) vector
+    difference: Callable[..., Tensor]  # (objective, part, vector): the same, without differentiating the network twice
+
+
+HESSIAN = Curvature(gradient_graph, hessian_product, difference_product)
 
 
 @dataclass
@@ -162,6 +187,7 @@ class Sequential:
     graph_slots: int = 32
     differences: bool = False
     reduce: Reduce = lambda total: total
+    curvature: Curvature = HESSIAN
     _graphs: dict[tuple[int, int], Graph] = field(default_factory=dict, repr=False)
 
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -193,14 +219,14 @@ class Sequential:
         )
 
     def _row(self, row: int, vector: Tensor) -> Tensor:
-        """Hessian of one batch times a vector."""
+        """Curvature of one batch times a vector."""
         total = torch.zeros_like(vector)
         for index, part in enumerate(self.batches[row]):
             if self.differences:
-                product = difference_product(self.objective, part, vector)
+                product = self.curvature.difference(self.objective, part, vector)
             else:
                 graph, kept = self._graph(row, index)
-                product = hessian_product(self.objective, graph, vector, keep=kept)
+                product = self.curvature.product(self.objective, graph, vector, keep=kept)
             total.add_(product, alpha=part.weight)
         return self.reduce(total)
 
@@ -215,7 +241,7 @@ class Sequential:
         key = (row, index)
         if key in self._graphs:
             return self._graphs[key], True
-        graph = gradient_graph(self.objective, self.batches[row][index], create_graph=not self.differences)
+        graph = self.curvature.graph(self.objective, self.batches[row][index], create_graph=not self.differences)
         if len(self._graphs) < self.graph_slots:
             self._graphs[key] = graph
             return graph, True

@@ -1,0 +1,420 @@
+r"""The Gauss-Newton matrix G = J' (d^2 l / dz^2) J of a batch: the Hessian as if its outputs z were linear in theta.
+
+z are the network's outputs, l(z) the batch's loss as a function of them, J = dz/dtheta. What G leaves out of the
+Hessian is sum_k (dl/dz_k) d^2 z_k / dtheta^2, which vanishes with the residuals: lambda_max(G_B) is close to
+lambda_max(H_B) late in training, and half or twice as large early on. G is positive semidefinite where l is convex in
+z; nothing here assumes it.
+
+For cross entropy of logits, and for half the squared error as the likelihood of a Gaussian of unit variance, G is the
+Fisher matrix: the mean over the samples of E[g g'] with labels drawn from the model. The empirical Fisher matrix takes
+the data's labels instead and is another matrix.
+
+G depends on what is called the outputs: a loss that is linear in them (negative log-likelihood of log-probabilities)
+has G = 0. An `OutputsFn` names them, either the user's own or a discovered one (`discovered_outputs`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_eoss.curvature.objective import Batch, Objective, Part, scalar, split
+from lightning_eoss.curvature.operators import (
+    Curvature,
+    Graph,
+    central_difference,
+    constant_graph,
+    flattened,
+    gradient_graph,
+    krylov_dtype,
+    unflattened,
+)
+
+Criterion = Callable[[Tensor], Tensor]
+OutputsFn = Callable[[nn.Module, Any], tuple[Tensor, Criterion]]
+
+_ROWS = 64  # of a Jacobian that are computed in one backward pass
+_EXAMPLE = (
+    "outputs_fn, a function of (module, batch) that returns the outputs with their graph and the loss as a function of "
+    "them, as in `return module(inputs), lambda outputs: F.cross_entropy(outputs, targets)`"
+)
+
+
+# ---- which outputs ---------------------------------------------------------------------------------------------------
+
+
+def discovered_outputs(loss: Callable[[Any], Tensor]) -> OutputsFn:
+    """Finds the outputs that a loss is a function of by watching which loss function it calls, each time anew.
+
+    The loss must equal the result of one call of ``F.cross_entropy``, ``F.mse_loss``,
+    ``F.binary_cross_entropy_with_logits`` (so also of their modules in ``nn``), or ``F.nll_loss`` of a ``log_softmax``,
+    whose logits are taken. Other calls, for a metric say, do not matter.
+
+    Cost: that of the loss.
+
+    Args:
+        loss: The loss of a batch, as training steps on it.
+
+    Returns:
+        A function of (module, batch), which raises ValueError where the loss is not the result of one such call, or
+        where more than one of the call's tensors depends on the parameters (learned targets or weights).
+
+    Example:
+        >>> model, batch = nn.Linear(2, 1), (torch.ones(3, 2), torch.zeros(3, 1))
+        >>> outputs_fn = discovered_outputs(lambda batch: nn.MSELoss()(model(batch[0]), batch[1]))
+        >>> outputs, criterion = outputs_fn(model, batch)
+        >>> torch.equal(outputs, model(batch[0])), float(criterion(2 * torch.ones(3, 1)))
+        (True, 4.0)
+    """
+
+    def outputs_fn(_module: nn.Module, batch: Any) -> tuple[Tensor, Criterion]:
+        with _Watch() as watch:
+            found = scalar(loss(batch))
+        if not found.requires_grad:  # a batch that training skips
+            return found, lambda outputs: outputs
+        value = float(found.detach())
+        made = [
+            call
+            for call in watch.calls
+            if call.function in _LOSSES and call.result.requires_grad and call.result.numel() == 1
+            if float(call.result.detach()) == value or value != value  # NaN equals nothing
+        ]
+        if not made:
+            raise ValueError(
+                f"The loss, {value:.6g}, is not the result of one call of {_NAMES}, so what it is a function of cannot "
+                f"be told. Pass {_EXAMPLE}."
+            )
+        outputs, criterion = made[-1].split()
+        if made[-1].function is not F.nll_loss:
+            return outputs, criterion
+        links = [call for call in watch.calls if call.result is outputs]
+        if not links:
+            raise ValueError(
+                "F.nll_loss is linear in its log-probabilities, so its Gauss-Newton matrix is 0, and these do not come "
+                f"directly from log_softmax, whose logits could stand in. Pass {_EXAMPLE}; let the outputs be logits."
+            )
+        logits, log_softmax = links[0].split()
+        return logits, lambda outputs: criterion(log_softmax(outputs))
+
+    return outputs_fn
+
+
+def check_outputs(objective: Objective, outputs_fn: OutputsFn, part: Part) -> None:
+    """Refuses outputs whose criterion is not the loss that training steps on, in value and in gradient.
+
+    Cost: two gradients of the part.
+
+    Args:
+        objective: The loss that training steps on.
+        outputs_fn: The outputs and the loss as a function of them.
+        part: Some samples.
+
+    Raises:
+        ValueError: If values or gradients differ by more than rounding.
+        TypeError: If `outputs_fn` does not return a tensor and a function.
+    """
+    loss = gradient_graph(objective, part, create_graph=False)
+    criterion = _linearised(outputs_fn, objective, part, create_graph=False)
+    tolerance = min(1e-3, 100 * float(torch.finfo(loss.gradient.dtype).eps) ** 0.5)
+    pairs = ((loss.loss, criterion.loss), (loss.gradient, criterion.gradient))
+    if not all(float((one - other).norm()) <= tolerance * float(one.norm()) for one, other in pairs):
+        raise ValueError(
+            f"The loss that training steps on is {float(loss.loss):.6g}, its gradient of norm "
+            f"{float(loss.gradient.norm()):.6g}; as a function of the outputs alone it is {float(criterion.loss):.6g}, "
+            f"and {float((loss.gradient - criterion.gradient).norm()):.3g} of the gradient is missing. So the "
+            "Gauss-Newton matrix would be another loss's. Let outputs_fn repeat what training_step (or loss_fn) does: "
+            "reduction, weights, outputs with their graph; a term that bypasses the outputs (a penalty) allows the "
+            "Hessian only."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a torch function."""
+
+    function: Any
+    arguments: tuple[Any, dict[str, Any]]
+    result: Tensor
+    autocast: torch.autocast  # as it was
+
+    def split(self) -> tuple[Tensor, Criterion]:
+        """The only argument that depends on parameters, and the result as a function of it."""
+        leaves, spec = tree_flatten(self.arguments)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if len(places) != 1:
+            raise ValueError(
+                f"{len(places)} of the tensors that {self.function.__name__} is given depend on the parameters "
+                "(learned targets or weights?), so the loss is no function of one tensor of outputs. Detach what is "
+                f"not meant to be learned, or pass {_EXAMPLE}."
+            )
+
+        def criterion(outputs: Tensor) -> Tensor:
+            args, kwargs = tree_unflatten([*leaves[: places[0]], outputs, *leaves[places[0] + 1 :]], spec)
+            with self.autocast:
+                result: Tensor = self.function(*args, **kwargs)
+            return result
+
+        return leaves[places[0]], criterion
+
+
+_LOSSES = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits, F.nll_loss)
+_NAMES = ", ".join(f"F.{each.__name__}" for each in _LOSSES)
+_LINKS = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the calls of loss functions and of log_softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function and notes it."""
+        result = func(*args, **(kwargs or {}))
+        if func in _LOSSES or func in _LINKS:
+            kind = result.device.type
+            autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            self.calls.append(_Call(func, (args, kwargs or {}), result, autocast))
+        return result
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def gauss_newton(outputs_fn: OutputsFn) -> Curvature:
+    r"""The Gauss-Newton matrix as the curvature of a `Sequential` operator.
+
+    .. math:: G v = J^\top \frac{\partial^2 \ell}{\partial z^2} J v
+
+    by reverse mode alone: J v is the derivative of J'u by u, whose graph is kept. Where a layer cannot be
+    differentiated twice, ``Sequential(..., differences=True)`` takes a central difference of the outputs for J v.
+    ``weight_norm``, whose Hessian torch gets wrong, has the right G; functions that are ``once_differentiable`` have a
+    wrong one, which shows in its asymmetry.
+
+    Cost of a product, in gradients (measured on a CPU; the Hessian's in brackets): 1.1 (1.5) for linear layers, 1.4
+    (2.0) for a transformer, and no less than the Hessian's for convolutions: 2.0 to 2.5, 2.2 to 4 with batch norm in
+    train mode. By differences 2.3 to 3.5. Building the graph costs what the Hessian's costs.
+
+    Args:
+        outputs_fn: The outputs and the loss as a function of them (`discovered_outputs`, `check_outputs`).
+
+    Returns:
+        The curvature; gradients and losses of the operator are those of the criterion.
+
+    Source: Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*, 2002.
+    """
+    return Curvature(partial(_linearised, outputs_fn), _product, partial(_difference, outputs_fn))
+
+
+@dataclass(kw_only=True)
+class _Linearised(Graph):
+    """The outputs and the criterion, each ready to be differentiated; `Graph.outputs` holds J'u."""
+
+    network: Tensor  # z with its graph
+    direction: Tensor  # u, where J'u is the gradient
+    leaf: Tensor  # z without its graph
+    slope: Tensor  # dl/dz with its graph, which ends at the leaf
+
+
+def _evaluated(outputs_fn: OutputsFn, objective: Objective, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs with their graph, without it, and the loss as a function of the latter."""
+    batch = objective.load(part)
+    objective.prepare(part)
+    found = outputs_fn(objective.module, batch)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and callable(found[1])):
+        raise TypeError(
+            f"outputs_fn returned a {type(found).__name__}, not a tensor of outputs and a function of it, so there is "
+            f"no Gauss-Newton matrix. Pass {_EXAMPLE}."
+        )
+    leaf = found[0].detach().requires_grad_()
+    return found[0], leaf, scalar(found[1](leaf))
+
+
+def _linearised(outputs_fn: OutputsFn, objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
+    """Evaluates one part and its gradient J'u at u = dl/dz, the latter as a function of u where asked for."""
+    network, leaf, loss = _evaluated(outputs_fn, objective, part)
+    if not network.requires_grad:
+        return constant_graph(objective, loss.detach())
+    slope = _slope(loss, leaf)
+    direction = slope.detach().requires_grad_()
+    pulled = torch.autograd.grad(
+        network, objective.parameters, direction, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    places = [place for place, each in enumerate(pulled) if each is not None and create_graph]
+    return _Linearised(
+        loss=loss.detach(),
+        gradient=flattened(pulled, objective.parameters, krylov_dtype(objective)),
+        outputs=[pulled[place] for place in places],
+        places=places,
+        network=network,
+        direction=direction,
+        leaf=leaf,
+        slope=slope,
+    )
+
+
+def _slope(loss: Tensor, leaf: Tensor) -> Tensor:
+    """dl/dz with its graph."""
+    if not loss.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)[0]
+
+
+def _product(objective: Objective, graph: Graph, vector: Tensor, *, keep: bool) -> Tensor:
+    """(P,) G v."""
+    if not isinstance(graph, _Linearised) or not graph.outputs:
+        return 0 * graph.loss * vector
+    pieces = unflattened(vector, objective.parameters)
+    along = [pieces[place] for place in graph.places]
+    (image,) = torch.autograd.grad(graph.outputs, graph.direction, along, retain_graph=keep)
+    return _pulled_back(objective, graph, image, vector, keep=keep)
+
+
+def _difference(outputs_fn: OutputsFn, objective: Objective, part: Part, vector: Tensor) -> Tensor:
+    """(P,) G v with a central difference of the outputs for J v."""
+    image = central_difference(objective, lambda: _evaluated(outputs_fn, objective, part)[0].detach(), vector)
+    graph = _linearised(outputs_fn, objective, part, create_graph=False)
+    return _pulled_back(objective, graph, image, vector, keep=False)
+
+
+def _pulled_back(objective: Objective, graph: Graph, image: Tensor, vector: Tensor, *, keep: bool) -> Tensor:
+    """(P,) J' (d^2 l / dz^2) times the image J v of a vector."""
+    if not isinstance(graph, _Linearised) or not graph.slope.requires_grad:
+        return 0 * graph.loss * vector  # no parameter matters, or the criterion is affine
+    (curved,) = torch.autograd.grad(graph.slope, graph.leaf, image, retain_graph=keep)
+    pieces = torch.autograd.grad(graph.network, objective.parameters, curved, retain_graph=keep, allow_unused=True)
+    return flattened(pieces, objective.parameters, vector.dtype)
+
+
+# ---- all eigenvalues of small batches --------------------------------------------------------------------------------
+
+
+def gauss_newton_eigenvalues(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
+    r"""All nonzero eigenvalues of a small batch's G from an m x m matrix, m = b d_z the number of its outputs.
+
+    .. math:: \operatorname{spec}(J^\top M J) \setminus 0 = \operatorname{spec}(K^{1/2} M K^{1/2}) \setminus 0, \qquad
+        K = J J^\top, \quad M = \partial^2 \ell / \partial z^2
+
+    The square root is K's, which is always positive semidefinite, so M need not be: exact for any loss.
+
+    Cost: about m gradients of the batch for J (64 rows at a time), then m^2 P and m^3 operations in float64; holds J,
+    m x P numbers. For the top alone, an operator with `gauss_newton` is cheaper unless the batch is tiny.
+
+    Args:
+        objective: The loss and its source.
+        batch: One batch, its parts weighted.
+        outputs_fn: The outputs and the loss as a function of them.
+
+    Returns:
+        (m,) in descending order, float64. If m < P the other P - m eigenvalues of G are 0; if m > P zeros are added.
+
+    Example:
+        Linear regression, x = 1 and x = 3: G = H = (1 + 9) / 2.
+
+        >>> from lightning_eoss.curvature.isolation import isolated
+        >>> from lightning_eoss.curvature.objective import DatasetSource
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> loss = lambda batch: F.mse_loss(model(batch[0]), batch[1]) / 2
+        >>> outputs_fn = lambda module, batch: (module(batch[0]), lambda z: F.mse_loss(z, batch[1]) / 2)
+        >>> data = [(torch.tensor([x]), torch.tensor([0.0])) for x in (1.0, 3.0)]
+        >>> with isolated(model) as isolation:
+        ...     objective = Objective(model, loss, DatasetSource(data), isolation)
+        ...     values = gauss_newton_eigenvalues(objective, (Part(1.0, 2, (0, 1)),), outputs_fn)
+        >>> round(float(values[0]), 6), round(float(values[1]), 6)
+        (5.0, 0.0)
+    """
+    jacobian, middle = _jacobian(objective, batch, outputs_fn)
+    values, vectors = torch.linalg.eigh(jacobian @ jacobian.T)
+    root = vectors * values.clamp(min=0).sqrt()
+    found: Tensor = torch.linalg.eigvalsh(root.T @ middle @ root)
+    return found.flip(0)
+
+
+def ntk(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
+    r"""The neural tangent kernel over the batch size, :math:`J J^\top / b`, for every pair of m = b d_z outputs.
+
+    Its nonzero eigenvalues are those of :math:`J^\top J / b`. They are G's exactly for half the squared error, summed
+    over the outputs and averaged over the samples; :class:`torch.nn.MSELoss` has G = 2 / d_z times this. For cross
+    entropy the kernel lacks the softmax's curvature, which is 1/2 at most.
+
+    Cost: as `gauss_newton_eigenvalues`.
+
+    Args:
+        objective: The network and its source.
+        batch: One batch; its parts' weights do not enter.
+        outputs_fn: The outputs; their criterion does not enter.
+
+    Returns:
+        (m, m) float64.
+
+    Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, appendix D.
+    """
+    jacobian, _ = _jacobian(objective, batch, outputs_fn)
+    return jacobian @ jacobian.T / sum(part.size for part in batch)
+
+
+def empirical_fisher_eigenvalues(objective: Objective, batch: Batch) -> Tensor:
+    r"""All nonzero eigenvalues of :math:`\frac{1}{n} \sum_i g_i g_i^\top`, g_i the gradients of the n samples' losses.
+
+    They are those of the n x n matrix of the gradients' products. Not the Fisher matrix: labels are the data's. Defined
+    where the loss of a batch is a mean or a sum over its samples (`preflight.reduction`).
+
+    Cost: n gradients of one sample each; holds n x P numbers.
+
+    Args:
+        objective: The loss and its source.
+        batch: One batch, whose parts are split into samples; weights as a mean has them.
+
+    Returns:
+        (n,) in descending order, float64.
+
+    Raises:
+        ValueError: If a part cannot be split because its samples are loaded already.
+    """
+    samples = split(batch, 1)
+    if any(part.size != 1 for part in samples):
+        raise ValueError(
+            "batch has parts that were loaded as a whole, so the gradients of their samples are not to be had. Draw "
+            "the batch from a source with indices."
+        )
+    rows = [
+        gradient_graph(objective, part, create_graph=False).gradient.double() * part.weight**0.5 for part in samples
+    ]
+    gradients = torch.stack(rows)
+    values: Tensor = torch.linalg.eigvalsh(gradients @ gradients.T)
+    return values.flip(0)
+
+
+def _jacobian(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> tuple[Tensor, Tensor]:
+    """(m, P) Jacobian of all outputs, and the (m, m) weighted Hessian of the criteria, float64."""
+    jacobians, hessians = [], []
+    for part in batch:
+        network, leaf, loss = _evaluated(outputs_fn, objective, part)
+        jacobians.append(_rows(network, objective.parameters))
+        hessians.append(part.weight * _rows(_slope(loss, leaf), [leaf]))
+    return torch.cat(jacobians), torch.block_diag(*hessians)
+
+
+def _rows(values: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """(m, n) Jacobian of m numbers, many rows in one backward pass where all layers allow it."""
+    if not values.requires_grad:
+        return values.new_zeros(values.numel(), sum(each.numel() for each in inputs), dtype=torch.float64)
+    basis = torch.eye(values.numel(), dtype=values.dtype, device=values.device).reshape(-1, *values.shape)
+    pulled = partial(torch.autograd.grad, values, inputs, retain_graph=True, materialize_grads=True)
+
+    def together(rows: Tensor) -> Tensor:
+        pieces = zip(pulled(rows, is_grads_batched=True), inputs, strict=True)
+        shaped = [piece.expand(len(rows), *each.shape).reshape(len(rows), -1) for piece, each in pieces]
+        return torch.cat(shaped, dim=1).double()
+
+    try:
+        return torch.cat([together(rows) for rows in basis.split(_ROWS)])
+    except RuntimeError:  # vmap refuses GroupNorm and sparse gradients, among others
+        return torch.stack([flattened(pulled(row), inputs, torch.float64) for row in basis])
