@@ -326,9 +326,10 @@ def _with_room(basis: Tensor, size: int) -> Tensor:
 
 def _orthogonalised(vectors: Tensor, basis: Tensor) -> Tensor:
     """(A, P) vectors without their parts along an orthonormal basis (A, m, P); twice, because once leaves rounding."""
+    rows = vectors[:, None]
     for _ in range(2):
-        vectors = vectors - torch.einsum("bmp,bm->bp", basis, torch.einsum("bmp,bp->bm", basis, vectors))
-    return vectors
+        rows = rows - torch.bmm(torch.bmm(rows, basis.mT), basis)
+    return rows[:, 0]
 
 
 def _padded(matvec: Matvec, rows: Tensor, num_rows: int) -> Matvec:
