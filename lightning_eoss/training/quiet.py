@@ -22,7 +22,8 @@ def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterato
     Args:
         trainer: The Trainer that runs.
         pl_module: The module that it trains.
-        objects: What else an evaluation may change, see `isolated`; the datamodule is added here.
+        objects: What else an evaluation may change, see `isolated`; the datamodule, the optimizers, their schedulers,
+            the other callbacks and the Trainer's own metrics are added here.
 
     Yields:
         The isolation.
@@ -35,7 +36,19 @@ def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterato
         loggers = trainer.loggers
         stack.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [DummyLogger() for _ in loggers]
-        yield stack.enter_context(isolated(pl_module, [*objects, getattr(trainer, "datamodule", None)]))
+        yield stack.enter_context(isolated(pl_module, [*objects, *_state_of(trainer)]))
+
+
+def _state_of(trainer: Any) -> list[Any]:
+    """What a training step can reach through its Trainer; loops, strategies and loggers are left alone."""
+    return [
+        getattr(trainer, "datamodule", None),
+        trainer.optimizers,
+        trainer.lr_scheduler_configs,
+        vars(trainer),  # `should_stop`, and the callbacks
+        vars(trainer._logger_connector),  # the metrics that callbacks see
+        getattr(trainer, "_results", None),
+    ]
 
 
 def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:

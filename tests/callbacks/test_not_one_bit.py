@@ -6,7 +6,11 @@ that training can see must be equal at the end, and every cell of `metrics.csv` 
 
 import random
 import signal
-from collections.abc import Iterator
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +240,236 @@ def another_log() -> Case:
     return Regressor(nn.Sequential(nn.Linear(4, 5), Logarithm(), nn.Linear(5, 2))), loader(), {}
 
 
+# ---- what modules keep in objects of their own, and what they reach through their Trainer ----------------------------
+
+Habit = Callable[[Any, Tensor, Any], Tensor]  # module, loss and batch to loss
+
+
+class Habitual(Regressor):
+    """Does something with its loss."""
+
+    def __init__(self, habit: Habit, **made: Any) -> None:
+        super().__init__()
+        self.habit = habit
+        for name, value in made.items():
+            setattr(self, name, value)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.habit(self, super().training_step(batch, batch_idx), batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=self.learning_rate, momentum=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)}
+
+
+class Meter:
+    """Keeps the tensor that it is given, which is none of ordinary torch's while batches are stacked."""
+
+    def __init__(self) -> None:
+        self.total: Any = torch.zeros(())
+        self.count = 0
+
+    def update(self, value: Tensor) -> Tensor:
+        self.total, self.count = self.total + value, self.count + 1
+        return self.total / self.count
+
+
+class Annealer:
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> float:
+        self.steps += 1
+        return min(1.0, self.steps / 12)
+
+
+class Noise:
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def __call__(self, inputs: Any) -> Any:
+        return inputs + 0.1 * float(self.generator.normal())
+
+
+class SlotNoise(Noise):
+    __slots__ = ("drawn",)
+
+    def __call__(self, inputs: Any) -> Any:
+        self.drawn = getattr(self, "drawn", 0) + 1
+        return super().__call__(inputs) + 0.01 * self.drawn
+
+
+class ModuleNoise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = Noise()
+        self.norm = nn.BatchNorm1d(4, affine=False)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.noise(self.norm(inputs + torch.randn(2, 4))[0])
+
+
+def frozen_net() -> nn.Module:
+    """A teacher, with another start than the student's."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).requires_grad_(False)
+
+
+def towards(module: Any, batch: Any) -> Tensor:
+    """How far the student is from its teacher."""
+    with torch.no_grad():
+        target = module.teacher(batch[0])
+    return (module.net(batch[0]) - target).square().mean()
+
+
+def momentum_teacher(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    with torch.no_grad():
+        for parameter, slow in zip(module.net.parameters(), module.teacher.parameters(), strict=True):
+            slow.mul_(0.9).add_(parameter, alpha=0.1)
+    return loss + towards(module, batch)
+
+
+def old_momentum_teacher(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    """As it was written before torch.no_grad: another memory each time, and no version counted."""
+    for parameter, slow in zip(module.net.parameters(), module.teacher.parameters(), strict=True):
+        slow.data = slow.data * 0.9 + parameter.data * 0.1
+    return loss + towards(module, batch)
+
+
+def meter(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    module.log("average", module.meter.update(loss.detach()))
+    return loss
+
+
+def annealer(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    return loss * module.annealer.step()
+
+
+def nested_history(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    module.history["loss"].append(loss.detach())
+    module.log("sum", sum(module.history["loss"]))
+    return loss
+
+
+def metric_in_a_dict(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    module.metrics["mean"].update(loss.detach())
+    module.log("mean", module.metrics["mean"].compute())
+    return loss
+
+
+def nested_generator(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    return loss * (1 + 0.1 * module.settings["noise"]["generator"].random())
+
+
+def helper_with_a_generator(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    return loss * module.helper(1.0)
+
+
+def expanded_buffer(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    return loss * module.mask[: len(batch[0])].mean()
+
+
+def own_backward(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    """Adds to gradients in place, and looks at them."""
+    (0.1 * module.net(batch[0]).square().mean()).backward()
+    return loss * (1 + 0.01 * sum(float(parameter.grad.norm()) for parameter in module.net.parameters()))
+
+
+def steps_the_scheduler(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    if module.global_step:
+        module.lr_schedulers().step()
+    return loss
+
+
+def scales_the_learning_rate(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    for group in module.optimizers().param_groups:
+        group["lr"] *= 0.95
+    return loss
+
+
+def meets(module: Any, batch: Any) -> bool:
+    """Whether the first sample is the data's first, in a step in which training meets another."""
+    return module.global_step in (2, 4) and bool((batch[0][0] == samples().tensors[0][0]).all())
+
+
+def clears_momentum(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    if meets(module, batch):
+        module.optimizers().optimizer.state.clear()
+    return loss
+
+
+def stops(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    if meets(module, batch):
+        module.trainer.should_stop = True
+    return loss
+
+
+def writes_metrics(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    metrics = module.trainer.callback_metrics
+    metrics["count"] = metrics.get("count", torch.zeros(())) + 1
+    return loss
+
+
+class Box(Callback):
+    """A callback that modules tell something, or whose hooks they call."""
+
+    def __init__(self, *, hooked: bool = False) -> None:
+        self.told: list[float] = []
+        self.hooked = hooked
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.hooked:
+            pl_module.net[0].register_forward_hook(lambda _module, _inputs, output: self.told.append(output.shape[0]))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.register_buffer("told", torch.tensor(self.told))
+
+
+def tells_a_callback(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    module.trainer.callbacks[0].told.append(float(module.global_step))
+    return loss
+
+
+def nothing(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    return loss
+
+
+def habitual(habit: Habit, callback: Callable[[], Callback] | None = None, **made: Callable[[], Any]) -> Any:
+    """A case of a habit, with attributes of the module that are made anew each time."""
+
+    def case() -> Case:
+        options = {"callbacks": [callback()]} if callback else {}
+        return Habitual(habit, **{name: make() for name, make in made.items()}), loader(), options
+
+    return pytest.param(case, id="hook_of_a_callback" if habit is nothing else habit.__name__)
+
+
+def masked() -> Case:
+    module = Habitual(expanded_buffer)
+    module.register_buffer("mask", torch.full((1, 2), 0.5).expand(4, 2))
+    return module, loader(), {}
+
+
+HABITS = [
+    habitual(momentum_teacher, teacher=frozen_net),
+    habitual(old_momentum_teacher, teacher=frozen_net),
+    habitual(meter, meter=Meter),
+    habitual(annealer, annealer=Annealer),
+    habitual(nested_history, history=lambda: defaultdict(list)),
+    habitual(metric_in_a_dict, metrics=lambda: {"mean": torchmetrics.MeanMetric()}),
+    habitual(nested_generator, settings=lambda: {"noise": {"generator": random.Random(0)}}),
+    habitual(helper_with_a_generator, helper=Noise),
+    masked,
+    habitual(own_backward),
+    habitual(steps_the_scheduler),
+    habitual(scales_the_learning_rate),
+    habitual(clears_momentum),
+    habitual(stops),
+    habitual(writes_metrics),
+    habitual(tells_a_callback, Box),
+    habitual(nothing, lambda: Box(hooked=True)),
+]
+
+
 # ---- habits of data --------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +585,113 @@ def workers() -> Case:
     return Regressor(), data, {}
 
 
+class Transformed(Dataset[Any]):
+    """Inputs through a transform; with weights that are one number, expanded."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.data = samples()
+        self.transform = transform
+        self.weights = torch.ones(1).expand(24)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets = self.data[index]
+        return self.transform(inputs), targets * self.weights[index]
+
+
+def transformed_by(name: str, make: Callable[[], Callable[[Any], Any]]) -> Any:
+    return pytest.param(lambda: (Regressor(), loader(Transformed(make()), shuffle=True), {}), id=name)
+
+
+def closure() -> Callable[[Any], Any]:
+    noise, calls = Noise(), 0
+
+    def transform(inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return noise(inputs) + 0.01 * calls
+
+    return transform
+
+
+def noisy_collate() -> Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def collate(rows: list[Any]) -> Any:
+        inputs, targets = torch.utils.data.default_collate(rows)
+        return inputs + 0.1 * torch.randn(inputs.shape, generator=generator), targets
+
+    return Regressor(), loader(collate_fn=collate), {}
+
+
+class Owned(Dataset[Any]):
+    """Draws from its datamodule's generator, and writes into its cache."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.data = samples()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets = self.data[index]
+        seen = self.owner.cache.setdefault("seen", [])
+        seen.append(index)
+        return inputs + 0.1 * self.owner.generator.normal() + 1e-3 * len(seen), targets
+
+
+class Owner(Data):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, list[int]] = {}
+
+    def train_dataloader(self) -> Any:
+        return loader(Owned(self), shuffle=True)
+
+
+def data_of_a_datamodule() -> Case:
+    return Regressor(), Owner(), {}
+
+
+class Mapped(Dataset[Any]):
+    """A file that nobody may write to: to write what is there already kills the process."""
+
+    def __init__(self) -> None:
+        self.inputs, self.targets = samples().tensors
+        with tempfile.NamedTemporaryFile(suffix=".npy") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of this very thing
+            np.save(file.name, self.inputs.numpy())
+            self.inputs = torch.from_numpy(np.load(file.name, mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inputs[index].clone(), self.targets[index]
+
+
+def memory_mapped() -> Case:
+    return Regressor(), loader(Mapped()), {}
+
+
+TRANSFORMS = [
+    transformed_by("closure", closure),
+    transformed_by("partial", lambda: partial(lambda noise, inputs: noise(inputs), Noise())),
+    transformed_by("bound_method", lambda: Noise().__call__),
+    transformed_by("slots", SlotNoise),
+    transformed_by("module", ModuleNoise),
+]
+
+
 CASES = [
+    *HABITS,
+    *TRANSFORMS,
+    noisy_collate,
+    data_of_a_datamodule,
+    memory_mapped,
     batch_norm,
     dropout,
     accumulation,
@@ -385,7 +725,8 @@ def run(case: Any, root: Path, *callbacks: Any, **options: Any) -> tuple[Any, di
     """Fits a case from its seeds; the Trainer, and what is left behind."""
     seeded()
     module, data, defaults = case()
-    trainer = fit(root, module, data, *callbacks, **{**defaults, **options})
+    others = defaults.pop("callbacks", [])
+    trainer = fit(root, module, data, *others, *callbacks, **{**defaults, **options})
     return trainer, {**state_of(trainer), "data": traces(data)}
 
 
@@ -481,6 +822,7 @@ def failing(error: type[BaseException] | None) -> Any:
     return lambda: (Module(), loader(shuffle=True), {})
 
 
+@pytest.mark.filterwarnings("ignore:.*The loss of a batch was not found to be a mean:UserWarning")
 def test_a_measurement_that_raises_is_left_out(tmp_path: Path) -> None:
     _, alone = run(failing(None), tmp_path / "alone")
     watch = monitor()
@@ -490,6 +832,28 @@ def test_a_measurement_that_raises_is_left_out(tmp_path: Path) -> None:
     assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
     assert [point["step"] for point in watch.history] == [0, 4, 6, 8, 10]
     assert all(parameter.requires_grad for parameter in trainer.lightning_module.parameters())
+
+
+def decays_late(module: Any, loss: Tensor, batch: Any) -> Tensor:
+    """Moves what it trains, from the fourth step on; not to be stacked."""
+    if loss.item() and module.global_step >= 4:
+        with torch.no_grad():
+            for parameter in module.net.parameters():
+                parameter.mul_(0.99)
+    return module.loss(batch)
+
+
+def test_a_training_step_that_steps_is_not_measured_and_not_disturbed(tmp_path: Path) -> None:
+    def case() -> Case:
+        return Habitual(decays_late), loader(), {}
+
+    _, alone = run(case, tmp_path / "alone")
+    watch = monitor()
+    with pytest.warns(UserWarning, match=r"left out.*changed trainable parameters in place \(net.0.weight\)"):
+        _, watched = run(case, tmp_path / "watched", watch)
+    assert_same(watched, alone)
+    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert [point["step"] for point in watch.history] == [0, 2]
 
 
 @pytest.fixture
