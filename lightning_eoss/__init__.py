@@ -7,9 +7,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_eoss.callbacks.sharpness import SharpnessMonitor as SharpnessMonitor
+    from lightning_eoss.callbacks.spectrum import SpectralDensityMonitor as SpectralDensityMonitor
     from lightning_eoss.curvature.measure import Eigenvalue as Eigenvalue
     from lightning_eoss.curvature.measure import SharpnessMeasurement as SharpnessMeasurement
     from lightning_eoss.curvature.measure import measure_sharpness as measure_sharpness
+    from lightning_eoss.curvature.predict import SharpnessPrediction as SharpnessPrediction
+    from lightning_eoss.curvature.predict import predict_sharpness as predict_sharpness
+    from lightning_eoss.curvature.spectrum import Spectra as Spectra
+    from lightning_eoss.curvature.spectrum import measure_spectra as measure_spectra
     from lightning_eoss.metrics import MiniBatchSharpness as MiniBatchSharpness
     from lightning_eoss.theory.statistics import Estimate as Estimate
 
@@ -20,7 +25,12 @@ _HOME = {
     "MiniBatchSharpness": "metrics",
     "SharpnessMeasurement": "curvature.measure",
     "SharpnessMonitor": "callbacks.sharpness",
+    "SharpnessPrediction": "curvature.predict",
+    "Spectra": "curvature.spectrum",
+    "SpectralDensityMonitor": "callbacks.spectrum",
     "measure_sharpness": "curvature.measure",
+    "measure_spectra": "curvature.spectrum",
+    "predict_sharpness": "curvature.predict",
 }
 __all__ = [
     "Eigenvalue",
@@ -28,7 +38,12 @@ __all__ = [
     "MiniBatchSharpness",
     "SharpnessMeasurement",
     "SharpnessMonitor",
+    "SharpnessPrediction",
+    "Spectra",
+    "SpectralDensityMonitor",
     "measure_sharpness",
+    "measure_spectra",
+    "predict_sharpness",
 ]
 
 

@@ -4,11 +4,12 @@ import argparse
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_eoss import __version__
 from lightning_eoss.display.figures import sharpness_figure
 from lightning_eoss.display.summary import read_curves, summary_table, verdict
 
@@ -32,14 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: no TensorBoard event file below no/such/directory has a sharpness
     """
     parser = argparse.ArgumentParser(prog="lightning-eoss", description="Live sharpness at the edge of stability.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,report}")
 
     demo = commands.add_parser("demo", help="train a small network on digits, up to the edge of stability")
-    demo.add_argument("--max-steps", type=int, default=4000, help="steps to train (%(default)s)")
-    demo.add_argument("--batch-size", type=int, default=16, help="up to 1024, which is all the data (%(default)s)")
-    demo.add_argument("--learning-rate", type=float, default=1.0, help="the threshold is 2/lr (%(default)s)")
-    demo.add_argument("--every-n-train-steps", type=int, default=100, help="steps between measurements (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    count = _ranged(int, 1)
+    demo.add_argument("--max-steps", type=count, default=4000, help="steps to train (%(default)s)")
+    demo.add_argument(
+        "--batch-size", type=_ranged(int, 1, 1024), default=16, help="up to 1024, which is all the data (%(default)s)"
+    )
+    demo.add_argument(
+        "--learning-rate", type=_ranged(float, 1e-9), default=1.0, help="the threshold is 2/lr (%(default)s)"
+    )
+    demo.add_argument("--every-n-train-steps", type=count, default=100, help="steps between measurements (%(default)s)")
+    demo.add_argument("--seed", type=_ranged(int, 0, 2**32 - 1), default=0, help="of weights and batches (%(default)s)")
     demo.add_argument(
         "--out", type=Path, default=Path(), help="directory for lightning_logs and sharpness.png (%(default)s)"
     )
@@ -54,6 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     options.pop("run")(**options)
     return 0
+
+
+def _ranged(kind: type[int] | type[float], least: float, most: float = sys.maxsize) -> Callable[[str], float]:
+    """A type of arguments: numbers that make sense."""
+
+    def parsed(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            limit = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limit}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse speaks of an "invalid int value"
+    return parsed
 
 
 def _demo(out: Path, **options: Any) -> None:
@@ -84,8 +105,11 @@ def _report(logdir: Path, name: str | None, out: Path) -> None:
     print(summary_table(runs[name]))
     print(f"\n{verdict(runs[name])}\n")
     _require("matplotlib", extra="plot")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sharpness_figure(runs[name]).savefig(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sharpness_figure(runs[name]).savefig(out)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--out {out}: {error}") from None
     print(f"Picture:     {out}")
 
 

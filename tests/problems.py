@@ -92,6 +92,18 @@ class Tied(nn.Module):
         return self.decoder(hidden @ self.encoder.weight)
 
 
+class Tempered(nn.Module):
+    """A parameter without dimensions, as CLIP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.temperature * self.net(pictures)
+
+
 def made(net: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A network with seeded parameters; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):

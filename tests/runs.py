@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eoss import SharpnessMonitor
 
-OURS = ("sharpness/", "cost/")
+OURS = ("sharpness/", "prediction/", "spectrum/", "cost/")
 
 
 class Regressor(LightningModule):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_eoss import __version__
 from lightning_eoss.cli import main
 from lightning_eoss.display import dashboard as tags
 
@@ -63,6 +64,41 @@ def test_report_takes_the_latest_run_or_the_one_named(tmp_path: Path, capsys: py
 def test_report_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"no TensorBoard event file below {tmp_path} has a sharpness"):
         main(["report", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-steps", "0"], "--max-steps: 0 is out of range: at least 1"),
+        (["--every-n-train-steps", "0"], "--every-n-train-steps: 0 is out of range: at least 1"),
+        (["--batch-size", "5000"], "--batch-size: 5000 is out of range: from 1 to 1024"),
+        (["--learning-rate", "-1"], "--learning-rate: -1 is out of range: at least 1e-09"),
+        (["--learning-rate", "nan"], "--learning-rate: nan is out of range"),
+        (["--seed", "-1"], "--seed: -1 is out of range: from 0 to 4294967295"),
+        (["--max-steps", "2.5"], "--max-steps: invalid int value: '2.5'"),
+    ],
+)
+def test_demo_refuses_numbers_that_make_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_report_into_a_file_that_cannot_be_a_picture(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"--out .*x\.txt: Format 'txt' is not supported"):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "x.txt")])
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit, match=r"--out .*folder\.png: .*Is a directory"):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "folder.png")])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-eoss {__version__}\n"
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib"])

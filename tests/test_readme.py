@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
+from lightning_eoss import SharpnessMonitor
+from lightning_eoss.demo import DigitsMLP, digits
 from lightning_eoss.display import dashboard
 
 ROOT = Path(__file__).parents[1]
@@ -14,15 +18,15 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 
 def test_every_block_is_python():
     """So that no block escapes the test below."""
-    assert [language for language, _ in BLOCKS] == ["python", "python"]
+    assert [language for language, _ in BLOCKS] == ["python"] * 3
 
 
 @pytest.mark.filterwarnings("default")  # Lightning's advice on workers and loggers, as a user would see it
-@pytest.mark.parametrize("code", [code for _, code in BLOCKS], ids=["quickstart", "without_a_trainer"])
+@pytest.mark.parametrize("code", [code for _, code in BLOCKS], ids=["quickstart", "without_a_trainer", "predictions"])
 def test_block_runs(code, tmp_path, monkeypatch, capsys):
     """Runs each block in an empty directory, and checks the numbers that its comments promise."""
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
+    scope: dict[str, object] = {"SharpnessMonitor": SharpnessMonitor}
     exec(code.replace("max_steps=4000", "max_steps=20"), scope)
     if "result" in scope:
         full, mini = capsys.readouterr().out.strip().splitlines()[-2:]
@@ -30,6 +34,9 @@ def test_block_runs(code, tmp_path, monkeypatch, capsys):
         mean, lower, upper = map(float, mini.split())
         assert lower <= 5 <= upper
         assert mean == pytest.approx(5, rel=0.3)
+    elif "callbacks" in scope:
+        Trainer(callbacks=list(scope["callbacks"]), max_steps=2).fit(DigitsMLP(), DataLoader(digits(100), 10))
+        assert all(callback.history for callback in scope["callbacks"])
     else:
         assert any(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -43,5 +50,5 @@ def test_links_lead_to_files():
 
 def test_tags_exist():
     """Every tag in the README is one that is logged."""
-    named = set(re.findall(r"`((?:sharpness|cost)/\w+)`", README))
+    named = set(re.findall(r"`((?:sharpness|cost|prediction)/\w+)`", README))
     assert named <= {*dashboard.DESCRIPTIONS, dashboard.LAMBDA_MAX}

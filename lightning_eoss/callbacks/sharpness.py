@@ -3,13 +3,14 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
 from lightning_eoss.curvature.isolation import noted_generators
 from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure, whole
 from lightning_eoss.curvature.objective import (
@@ -21,16 +22,18 @@ from lightning_eoss.curvature.objective import (
     derived_seed,
     num_samples_of,
 )
-from lightning_eoss.curvature.operators import krylov_like
+from lightning_eoss.curvature.operators import Curvature, Scaling, krylov_like
+from lightning_eoss.curvature.predict import SharpnessPrediction, predict
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, WarmStart
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.notes import notes
-from lightning_eoss.display.scalars import phase_point, scalars
+from lightning_eoss.display.scalars import phase_point, prediction_scalars, scalars
 from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
-from lightning_eoss.training.plan import affordable, described
+from lightning_eoss.training.agenda import Agenda
+from lightning_eoss.training.plan import FIRST_BATCHES, affordable, described, predictable
 from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
@@ -42,13 +45,23 @@ from lightning_eoss.training.probe import (
     sees_batches,
     steps_now,
 )
-from lightning_eoss.training.schedule import Ledger, charged, check_schedule, due_by_share, due_by_step
+from lightning_eoss.training.schedule import check_schedule
 from lightning_eoss.training.watch import Watch, now
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
-QUANTITIES = ("current", "mini", "full")
+QUANTITIES = ("current", "mini", "full", "prediction")
+PREDICTION_EVERY = {"prediction": 5}  # measurements, under a schedule of steps
 SMALL_MODEL = 10_000_000  # parameters up to which warm starts go into checkpoints
-EAGER_SECONDS = 5.0  # a first measurement cheaper than this does not wait
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one look at the training showed."""
+
+    measurement: SharpnessMeasurement
+    prediction: SharpnessPrediction | None
+    limits: StabilityLimits | NoLimits
+    in_limits: bool  # whether all is in units of the limits
 
 
 class SharpnessMonitor(Callback):
@@ -77,6 +90,11 @@ class SharpnessMonitor(Callback):
         seed: Fixes all random numbers of the monitor.
         precision: ``"parameters"``: autocast off; ``"as_trained"``: under training's own autocast, with its noise.
         save_warm_start: Whether checkpoints hold the last eigenvectors (2 P numbers); None: below 1e7 parameters.
+        predictions: Whether to predict MiniBS from the full batch, too, and from which batch size on larger ones hardly
+            help; costs some 130 passes over the data, every fifth measurement or as often as the share allows.
+        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place.
+        outputs_fn: ``outputs_fn(pl_module, batch) -> (outputs, criterion)``, the outputs and the loss as a function of
+            them, for ``"ggn"``; None: found where the loss is one call of torch's cross entropy or squared error.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -103,9 +121,13 @@ class SharpnessMonitor(Callback):
         seed: int = 0,
         precision: Literal["parameters", "as_trained"] = "parameters",
         save_warm_start: bool | None = None,
+        predictions: bool = False,
+        operator: Kind = "hessian",
+        outputs_fn: OutputsFn | None = None,
     ) -> None:
         check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed)
         check_schedule(every_n_train_steps, overhead, max_seconds)
+        check_operator(operator, outputs_fn)
         if precision not in ("parameters", "as_trained"):
             raise ValueError(f"precision={precision!r} is unknown: use 'parameters' (autocast off) or 'as_trained'.")
         if batch_size is not None:
@@ -114,18 +136,21 @@ class SharpnessMonitor(Callback):
             raise TypeError(f"loss_fn={loss_fn!r} must be a function of (pl_module, batch) that returns the loss.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
-        self.every_n_train_steps = every_n_train_steps
+        self.every_n_train_steps = None if every_n_train_steps is None else int(every_n_train_steps)
         self.overhead = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self.max_seconds = max_seconds
         self.rel_error = rel_error
-        self.num_batches = num_batches
-        self.batch_size = batch_size
+        self.num_batches = int(num_batches)
+        self.batch_size = None if batch_size is None else int(batch_size)
         self.full_batch_samples = full_batch_samples
         self.loss_fn = loss_fn
         self.dataloader = dataloader
-        self.seed = seed
+        self.seed = int(seed)
         self.precision = precision
         self.save_warm_start = save_warm_start
+        self.predictions = predictions
+        self.operator = operator
+        self.outputs_fn = outputs_fn
 
         self._watch = Watch(
             type(self).__name__, loss_fn, dataloader, full_batch_samples, as_trained=precision == "as_trained"
@@ -134,15 +159,15 @@ class SharpnessMonitor(Callback):
         self._schedule_arguments = (every_n_train_steps, overhead)
         self._warm = WarmStart()
         self._points: deque[Estimate] = deque(maxlen=5)  # directional edge ratios, for the phase
-        self._ledgers = {quantity: Ledger() for quantity in QUANTITIES}
+        self._agenda = Agenda(
+            QUANTITIES if predictions else QUANTITIES[:-1], every_n_train_steps, self.overhead, PREDICTION_EVERY
+        )
         self._findings: Findings | None = None
         # What follows is of one fit.
         self._plan: Plan | None = None
         self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
         self._window: list[Part] = []  # its loader batches
         self._window_begins = True
-        self._fresh = True  # nothing has been tried yet
-        self._last_step = -1  # that was tried; manual optimisation may skip steps
         self._notes: list[str] = []
         self._drawn = False  # whether loggers have the dashboard
         self._shown = False  # whether anything has been measured
@@ -159,14 +184,22 @@ class SharpnessMonitor(Callback):
         if stage != "fit":
             return
         refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
+        twins = [other for other in trainer.callbacks if isinstance(other, SharpnessMonitor)]
+        if len(twins) > 1 and self is twins[-1]:
+            self._watch.say(
+                f"there are {len(twins)} of them in this Trainer, and all write the same tags: points of one step "
+                "overwrite each other. Leave one, and measure other batch sizes with measure_sharpness."
+            )
         self._findings = self._plan = self._watch.data = None
+        self._agenda.forget()
         self._drawn = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
         refuse_frozen(pl_module, type(self).__name__)
         self._watch.begin()
-        self._window, self._window_begins, self._fresh, self._last_step = [], True, True, -1
+        self._agenda.begin()
+        self._window, self._window_begins = [], True
         self._shown = False
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -199,43 +232,30 @@ class SharpnessMonitor(Callback):
 
     def _due_now(self, trainer: Any) -> frozenset[str]:
         """The quantities whose time has come."""
-        if self.every_n_train_steps is not None:
-            step = trainer.global_step
-            due = due_by_step(step, self.every_n_train_steps) and step != self._last_step
-            return frozenset(self._ledgers if due else ())
-        assert self.overhead is not None
-        eager = EAGER_SECONDS if self._fresh else 0.0
-        return due_by_share(self._ledgers, self._watch.spent, self._watch.elapsed, self.overhead, eager=eager)
+        return self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed)
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
     def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
         """Measures and shows it. A defect of the first measurement ends training, later ones do not."""
         window, self._window = tuple(self._window), []
-        first = self._plan is None
+        seen = None
         try:
-            seen = self._look(trainer, pl_module, window, batch_idx)
-        except Exception as error:
-            if first:  # little is lost yet, and what is wrong now will stay wrong
-                raise
-            self._watch.say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
-            return
+            with self._watch.forgiving(first=self._plan is None):
+                seen = self._look(trainer, pl_module, window, batch_idx)
         finally:
-            self._fresh, self._last_step = False, trainer.global_step
+            self._agenda.tried(trainer.global_step)
         if seen is None:
             return
-        measurement, limits, in_limits = seen
         seconds = now(pl_module) - arrived
-        self._charge(measurement, seconds)
-        for note in notes(measurement, limits, in_limits=in_limits):
+        self._charge(seen, seconds)
+        for note in notes(seen.measurement, seen.limits, in_limits=seen.in_limits):
             self._watch.say(note)
         share = (self._watch.spent + seconds) / self._watch.elapsed
-        self._show(trainer, measurement, self._values(measurement, limits, in_limits=in_limits, share=share))
+        self._show(trainer, seen.measurement, self._values(seen, share=share))
 
-    def _look(
-        self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int
-    ) -> tuple[SharpnessMeasurement, StabilityLimits | NoLimits, bool] | None:
-        """A measurement of the module as it is, with its limits and whether it is in units of them."""
+    def _look(self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int) -> _Seen | None:
+        """A measurement of the module as it is."""
         step = trainer.global_step
         with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
             assert self._watch.data is not None
@@ -252,6 +272,9 @@ class SharpnessMonitor(Callback):
             if self._plan is None or not self._due:
                 return None
             plan = replace(self._plan, parts=self._parts(trainer))
+            if self.overhead is not None and not self._agenda.ledgers["mini"].count:
+                plan = replace(plan, num_batches=min(plan.num_batches, FIRST_BATCHES))
+            curvature = curvature_of(self.operator, self.outputs_fn, objective)
             batches = None
             if self._watch.data.sampler is not None and "mini" in self._due:
                 isolation.reseed(derived_seed(self.seed, 4, step))
@@ -262,15 +285,38 @@ class SharpnessMonitor(Callback):
                 objective,
                 plan,
                 self._findings,
-                _fitting(self._warm, objective),
+                self._warm.fitting(objective),
                 stream=step,
                 full="full" in self._due,
                 mini="mini" in self._due,
                 current=window if "current" in self._due else None,
                 batches=batches,
                 scaling=scaling,
+                curvature=curvature,
             )
-        return measurement, limits, scaling is not None
+            prediction = None
+            if "prediction" in self._due:
+                prediction = self._predicted(objective, plan, scaling, curvature, step)
+        return _Seen(measurement, prediction, limits, scaling is not None)
+
+    def _predicted(
+        self, objective: Objective, plan: Plan, scaling: Scaling | None, curvature: Curvature, step: int
+    ) -> SharpnessPrediction:
+        """MiniBS predicted at the measured batch size."""
+        assert self._findings is not None
+        plan, size, groups, _ = predictable(plan, self._findings, objective.source.num_samples, self.max_seconds)
+        return predict(
+            objective,
+            plan,
+            self._findings,
+            self._warm.fitting(objective),
+            batch_sizes=(plan.step_size,),
+            group_size=size,
+            num_groups=groups,
+            stream=step,
+            scaling=scaling,
+            curvature=curvature,
+        )
 
     def _prepare(self, trainer: Any, objective: Objective, *, current: bool) -> None:
         """Finds out what the loss allows and what a measurement costs, cuts what is too dear, and says so in a line."""
@@ -294,17 +340,22 @@ class SharpnessMonitor(Callback):
         if cut:
             self._watch.say(cut)
         if not current:
-            self._ledgers.pop("current", None)
-        self._ledgers = {
-            quantity: ledger if ledger.count else Ledger(costs[quantity]) for quantity, ledger in self._ledgers.items()
-        }
+            costs.pop("current")
+        if self.predictions and findings.reduction != "mean":
+            self._watch.say(
+                "the loss of a batch is no mean over its samples (BatchNorm in train mode, dropout, class weights), so "
+                "nothing follows from the full batch for batches: no predictions."
+            )
+        elif self.predictions:
+            costs["prediction"] = predictable(self._plan, findings, num_samples, self.max_seconds)[3]
+        self._agenda.expect({**costs, "mini": costs["mini" if self.overhead is None else "first"]})
         every, share = self.every_n_train_steps, self.overhead
-        seconds = sum(costs[quantity] for quantity in self._ledgers)
+        seconds = sum(costs[quantity] for quantity in self._agenda.ledgers)
         schedule = f"every {every} steps"
         if share is not None:
-            often = len(self._ledgers) * costs["mini"] / share
+            often = len(self._agenda.ledgers) * costs["mini"] / share
             schedule = f"{100 * share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
-        self._notes = described(self._plan, num_samples, objective.num_parameters, seconds, schedule)
+        self._notes = described(self._plan, findings, num_samples, objective.num_parameters, seconds, schedule)
         if self._watch.data.sampler is not None:
             self._notes.append(
                 "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, "
@@ -318,29 +369,29 @@ class SharpnessMonitor(Callback):
         there = self._watch.data.source.num_samples // self._watch.data.batch_size
         return 1 if self.batch_size else max(1, min(effective_parts(trainer), there))
 
-    def _charge(self, measurement: SharpnessMeasurement, seconds: float) -> None:
+    def _charge(self, seen: _Seen, seconds: float) -> None:
         """Shares the seconds out: to FullBS by its products, among the others as they were expected."""
+        measurement = seen.measurement
+        if seen.prediction is not None:
+            self._agenda.charge("prediction", seen.prediction.seconds)
+            seconds -= seen.prediction.seconds
         full = measurement.full_passes * measurement.num_samples / measurement.batch_size
         full_share = full / measurement.hvps if measurement.hvps else 0.0
-        expected = sum(self._ledgers[quantity].cost for quantity in self._due - {"full"})
-        for quantity in self._due:
-            part = (1 - full_share) * self._ledgers[quantity].cost / expected if expected else 0.0
-            share = full_share if quantity == "full" else part
-            self._ledgers[quantity] = charged(self._ledgers[quantity], seconds * share)
+        cheap = {quantity: self._agenda.ledgers[quantity].cost for quantity in self._due & {"current", "mini"}}
+        for quantity, cost in cheap.items():
+            self._agenda.charge(quantity, seconds * (1 - full_share) * cost / max(sum(cheap.values()), 1e-30))
+        if "full" in self._due:
+            self._agenda.charge("full", seconds * full_share)
 
     # ---- where -------------------------------------------------------------------------------------------------------
 
-    def _values(
-        self,
-        measurement: SharpnessMeasurement,
-        limits: StabilityLimits | NoLimits,
-        *,
-        in_limits: bool,
-        share: float,
-    ) -> dict[str, float]:
+    def _values(self, seen: _Seen, *, share: float) -> dict[str, float]:
         """The scalars of a measurement, the phase among them."""
-        values = {**scalars(measurement, limits, in_limits=in_limits), tags.COST_SHARE: share}
-        point = phase_point(measurement, limits, in_limits=in_limits)
+        values = {**scalars(seen.measurement, seen.limits, in_limits=seen.in_limits), tags.COST_SHARE: share}
+        if seen.prediction is not None:
+            values |= prediction_scalars(seen.prediction)
+            values[tags.COST_SECONDS] += seen.prediction.seconds
+        point = phase_point(seen.measurement, seen.limits, in_limits=seen.in_limits)
         if point is not None:
             self._points.append(point)
             now = phase(self._points)
@@ -358,8 +409,8 @@ class SharpnessMonitor(Callback):
         experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
         if not self._drawn:
             for experiment in experiments:
-                tags.write_layout(experiment)
-                tags.write_guide(experiment, self._notes)
+                tags.write_layout(experiment, predictions=self.predictions)
+                tags.write_guide(experiment, self._notes, predictions=self.predictions)
         step = self._watch.publish(trainer, values)
         if len(eigenvalues):
             for experiment in experiments:
@@ -383,7 +434,7 @@ class SharpnessMonitor(Callback):
         return {
             "history": self.history,
             "points": [(point.mean, point.stderr, point.lower, point.upper) for point in self._points],
-            "ledgers": {quantity: asdict(ledger) for quantity, ledger in self._ledgers.items()},
+            "ledgers": self._agenda.state_dict(),
             "findings": None if self._findings is None else asdict(self._findings),
             "warm_start": {"top": top, "others": self._warm.others, "of_full": self._warm.of_full} if save else {},
         }
@@ -392,18 +443,9 @@ class SharpnessMonitor(Callback):
         """Goes on where the saved monitor stood."""
         self._watch.history = list(state_dict["history"])
         self._points = deque((Estimate(*point) for point in state_dict["points"]), maxlen=5)
-        self._ledgers = {quantity: Ledger(**ledger) for quantity, ledger in state_dict["ledgers"].items()}
+        self._agenda.load_state_dict(state_dict["ledgers"])
         self._findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
         self._warm = WarmStart(**state_dict["warm_start"])
-
-
-def _fitting(warm: WarmStart, objective: Objective) -> WarmStart:
-    """The warm start on the device of the parameters; none where it is of other parameters."""
-    if warm.top is None or warm.top.numel() != objective.num_parameters:
-        return WarmStart()
-    like = krylov_like(objective)
-    others = None if warm.others is None else warm.others.to(like)
-    return replace(warm, top=warm.top.to(like), others=others)
 
 
 def _tensor(values: tuple[float, ...]) -> Tensor:

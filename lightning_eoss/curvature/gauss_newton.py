@@ -16,7 +16,7 @@ has G = 0. An `OutputsFn` names them, either the user's own or a discovered one 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.objective import Batch, Objective, Part, scalar, split
+from lightning_eoss.curvature.objective import Batch, Objective, Part, random_batches, scalar, split
 from lightning_eoss.curvature.operators import (
+    HESSIAN,
     Curvature,
     Graph,
     central_difference,
@@ -38,6 +39,7 @@ from lightning_eoss.curvature.operators import (
 
 Criterion = Callable[[Tensor], Tensor]
 OutputsFn = Callable[[nn.Module, Any], tuple[Tensor, Criterion]]
+Kind = Literal["hessian", "ggn"]
 
 _ROWS = 64  # of a Jacobian that are computed in one backward pass
 _EXAMPLE = (
@@ -186,6 +188,46 @@ class _Watch(TorchFunctionMode):
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
+
+
+def check_operator(operator: str, outputs_fn: object) -> None:
+    """Refuses operators that there are not.
+
+    Args:
+        operator: `"hessian"` or `"ggn"`.
+        outputs_fn: What names the outputs, for `"ggn"`; or None.
+
+    Raises:
+        ValueError: If the operator is unknown, or does not ask for outputs that are given.
+    """
+    if operator not in ("hessian", "ggn"):
+        raise ValueError(f"operator={operator!r} is unknown: use 'hessian', or 'ggn' for the Gauss-Newton matrix.")
+    if outputs_fn is not None and operator == "hessian":
+        raise ValueError("outputs_fn= is for operator='ggn': a Hessian is that of the loss, whatever the outputs.")
+    if outputs_fn is not None and not callable(outputs_fn):
+        raise TypeError(f"outputs_fn={outputs_fn!r} cannot be called: pass {_EXAMPLE}.")
+
+
+def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Objective) -> Curvature:
+    """The matrix that an operator's name stands for.
+
+    Args:
+        operator: `"hessian"` or `"ggn"`.
+        outputs_fn: Names the outputs for `"ggn"`; None: they are discovered.
+        objective: The loss. For `"ggn"` its outputs are checked on its first samples.
+
+    Returns:
+        The curvature.
+
+    Raises:
+        ValueError: If the outputs cannot be found, or their criterion is not the loss.
+    """
+    check_operator(operator, outputs_fn)
+    if operator == "hessian":
+        return HESSIAN
+    found = outputs_fn or discovered_outputs(objective.loss)
+    check_outputs(objective, found, next(random_batches(objective.source, 1, seed=0))[0])
+    return gauss_newton(found)
 
 
 def gauss_newton(outputs_fn: OutputsFn) -> Curvature:

@@ -5,10 +5,14 @@ every start has a random part, every row takes a minimum of steps, and two mini-
 again from scratch: the *audit*.
 """
 
+import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from statistics import median
 from typing import Any
 
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
 from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import (
     Batch,
@@ -26,7 +31,7 @@ from lightning_eoss.curvature.objective import (
     full_batch,
     random_batches,
 )
-from lightning_eoss.curvature.operators import Reduce, Scaling
+from lightning_eoss.curvature.operators import HESSIAN, Curvature, Reduce, Scaling
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.sampling import Sampled, sample
 from lightning_eoss.curvature.solver import Lead, Plan, Solver, WarmStart
@@ -57,6 +62,10 @@ class Eigenvalue:
         """The residual over the value."""
         return self.residual / max(abs(self.value), 1e-30)
 
+    def __str__(self) -> str:
+        """The value."""
+        return f"{self.value:.4g}"
+
 
 @dataclass(frozen=True)
 class SharpnessMeasurement:
@@ -83,6 +92,18 @@ class SharpnessMeasurement:
     hvps: float  # all products, in samples / batch_size
     seconds: float
 
+    def __repr__(self) -> str:
+        """What was measured and what it took, in a line."""
+        named = {
+            f"MiniBS({self.batch_size})": self.mini_batch,
+            "FullBS": self.full_batch,
+            "gap": self.gap,
+            "directional": self.directional,
+            "current batch": self.current_batch,
+        }
+        shown = [f"{name} = {each}" for name, each in named.items() if not str(each).startswith("nan")]
+        return f"SharpnessMeasurement({', '.join([*shown, f'{self.hvps:.0f} products'])}, {self.seconds:.2g} s)"
+
 
 def measure_sharpness(
     model: nn.Module,
@@ -96,6 +117,8 @@ def measure_sharpness(
     seed: int = 0,
     tol: float | None = None,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
+    operator: Kind = "hessian",
+    outputs_fn: OutputsFn | None = None,
 ) -> SharpnessMeasurement:
     r"""Measures MiniBS and FullBS of a model as it is, without a Trainer and without leaving a trace on it.
 
@@ -116,6 +139,9 @@ def measure_sharpness(
         tol: Relative residual of the eigenvalues (default: 0.5 ``rel_error``). An eigenvalue's own error is about its
             square.
         collate_fn: As a DataLoader's.
+        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place.
+        outputs_fn: ``outputs_fn(model, batch) -> (outputs, criterion)``, the outputs and the loss as a function of
+            them, for ``"ggn"``; None: found where the loss is one call of torch's cross entropy or squared error.
 
     Returns:
         The measurement.
@@ -138,11 +164,45 @@ def measure_sharpness(
     check_arguments(
         rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed, tol=tol
     )
+    plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol)
+    with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
+        curvature = curvature_of(operator, outputs_fn, objective)
+        return measure(objective, plan, findings, WarmStart(), curvature=curvature)[0]
+
+
+@contextmanager
+def standalone(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    dataset: Any,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    *,
+    batch_size: int,
+    seed: int = 0,
+) -> Iterator[tuple[Objective, Findings]]:
+    """The objective of a model as it is, without a Trainer; no trace is left on it.
+
+    Args:
+        model: The module.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        dataset: A map-style data set or a sequence of samples.
+        collate_fn: As a DataLoader's.
+        batch_size: Samples that trial evaluations are made with, at most.
+        seed: Of the trial.
+
+    Yields:
+        The objective, and what `preflight` found about it.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If nothing can be measured.
+    """
     if not isinstance(model, nn.Module) or not callable(loss_fn):
         raise TypeError(
-            f"measure_sharpness takes (model, loss_fn, dataset), got a {type(model).__name__} as model and a "
+            f"model must be a module and loss_fn a function, got a {type(model).__name__} as model and a "
             f"{type(loss_fn).__name__} as loss_fn: loss_fn is called as loss_fn(model, batch)."
         )
+    check_loss_fn(loss_fn)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(
             f"dataset={dataset!r} has no samples to index: pass a map-style data set or a sequence of samples, for a "
@@ -155,11 +215,12 @@ def measure_sharpness(
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
     source = DatasetSource(dataset, collate_fn, transfer)
-    plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol)
     with isolated(model, [dataset, collate_fn]) as isolation:
         objective = Objective(model, lambda batch: loss_fn(model, batch), source, isolation)
         findings = preflight(objective, batch_size, seed=seed)
-        return measure(objective, plan, findings, WarmStart())[0]
+        for warning in findings.warnings:
+            warnings.warn(warning, stacklevel=4)  # where the caller's caller is: contextlib stands between
+        yield objective, findings
 
 
 def check_arguments(
@@ -171,6 +232,9 @@ def check_arguments(
     tol: float | None = None,
 ) -> None:
     """Refuses settings of the wrong kind and out of range."""
+    number("rel_error", rel_error)
+    if tol is not None:
+        number("tol", tol)
     whole("num_batches", num_batches)
     whole("seed", seed)
     if full_batch_samples is not None:
@@ -193,8 +257,24 @@ def check_arguments(
 
 def whole(name: str, value: object) -> None:
     """Refuses what counts nothing."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}.")
+
+
+def number(name: str, value: object) -> None:
+    """Refuses what measures nothing."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
+
+
+def check_loss_fn(loss_fn: Callable[[Any, Any], Any]) -> None:
+    """Refuses functions that do not take a module and a batch."""
+    try:
+        inspect.signature(loss_fn).bind(None, None)
+    except ValueError:  # some functions written in C have no signature
+        return
+    except TypeError as error:
+        raise TypeError(f"loss_fn={loss_fn!r} must take (module, batch) and return the loss: {error}.") from None
 
 
 def check_batch_size(batch_size: int, num_samples: int) -> None:
@@ -221,6 +301,7 @@ def measure(
     current: Batch | None = None,
     batches: Iterator[Batch] | None = None,
     scaling: Scaling | None = None,
+    curvature: Curvature = HESSIAN,
     reduce: Reduce = lambda total: total,
     decide: Callable[[Any], Any] = lambda decision: decision,
 ) -> tuple[SharpnessMeasurement, WarmStart]:
@@ -239,7 +320,8 @@ def measure(
         mini: Whether to measure MiniBS and directional sharpness.
         current: The batch about to be stepped on, to measure that, too.
         batches: Mini-batches in place of uniform ones (a sampler's); no control variate then.
-        scaling: The coordinates; None: plain Hessians.
+        scaling: The coordinates; None: plain ones.
+        curvature: The Hessian or the Gauss-Newton matrix.
         reduce: Sums over workers; identity for one.
         decide: Makes workers agree; identity for one.
 
@@ -248,12 +330,12 @@ def measure(
     """
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(derived_seed(plan.seed, 2, stream))
-    solver = Solver(objective, plan, findings, generator, scaling or Scaling(), reduce, decide)
+    solver = Solver(objective, plan, findings, generator, scaling or Scaling(), curvature, reduce, decide)
 
     current_value, samples = Eigenvalue(), 0.0  # samples that went through products
     if current is not None:
         result, _ = solver.solve_top(solver.operator([current]), warm)
-        current_value = _eigenvalue(result)
+        current_value = top_eigenvalue(result)
         samples += result.matvecs * _num_samples(current)
         if warm.top is None:
             warm = warm.after(result)  # better than nothing until FullBS is known
@@ -325,7 +407,7 @@ def _measure_full(solver: Solver, warm: WarmStart) -> _Full:
         warm = warm.after(result)
         samples += result.matvecs * _num_samples(part)
     result, start = solver.solve_top(solver.operator([chunks]), warm, tol=tol)
-    value = _eigenvalue(result)
+    value = top_eigenvalue(result)
     return _Full(
         warm=warm.after(result, of_full=True),
         value=value,
@@ -336,8 +418,8 @@ def _measure_full(solver: Solver, warm: WarmStart) -> _Full:
     )
 
 
-def _eigenvalue(result: LanczosResult) -> Eigenvalue:
-    """The top eigenvalue of a result's first row."""
+def top_eigenvalue(result: LanczosResult) -> Eigenvalue:
+    """The top eigenvalue of a result's first row, with its error."""
     values, residual = result.values[0].tolist(), float(result.residuals[0, 0])
     distance = values[0] - values[1] if len(values) > 1 and math.isfinite(values[1]) else 0.0
     error = min(residual, residual**2 / distance) if distance > 0 else residual

@@ -7,7 +7,7 @@ of a batch that is too large for memory.
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -142,12 +142,17 @@ class Objective:
     source: Source
     isolation: Isolation
     cache_bytes: int = 2**30  # for transferred batches
+    owned: Collection[int] | None = None  # ids of the parameters that are trained; None: all that require a gradient
     parameters: list[nn.Parameter] = field(init=False)
     _cache: dict[Part, Any] = field(init=False, default_factory=dict, repr=False)
     _cached_bytes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter
+            for parameter in self.module.parameters()
+            if parameter.requires_grad and (self.owned is None or id(parameter) in self.owned)
+        ]
         if not self.parameters:
             raise ValueError(
                 f"{type(self.module).__name__} has no parameter with requires_grad=True, so its loss has no Hessian. "

@@ -93,7 +93,7 @@ def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The pieces of a (..., P) vector in the shapes and dtypes of the parameters."""
     pieces = vector.split([parameter.numel() for parameter in parameters], dim=-1)
     return [
-        piece.reshape(*vector.shape[:-1], *parameter.shape).to(parameter.dtype)
+        piece.reshape((*vector.shape[:-1], *parameter.shape)).to(parameter.dtype)
         for piece, parameter in zip(pieces, parameters, strict=True)
     ]
 
@@ -277,10 +277,11 @@ class Stacked:
 
     def __post_init__(self) -> None:
         loss_of = _LossOf(self.objective.module, self.objective.loss)
+        known = {id(parameter) for parameter in self.objective.parameters}
         expanded = {
             name: parameter.detach().expand(len(self.batches), *parameter.shape).requires_grad_()
             for name, parameter in loss_of.named_parameters()
-            if parameter.requires_grad
+            if id(parameter) in known
         }
         losses = torch.vmap(
             lambda parameters, batch: functional_call(loss_of, parameters, (batch,)), randomness="different"

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from lightning_eoss.curvature.objective import BatchListSource, Objective, Part, num_bytes, random_batches
 from lightning_eoss.curvature.operators import (
@@ -20,6 +21,7 @@ from lightning_eoss.curvature.operators import (
     Sequential,
     agrees_when_stacked,
     difference_product,
+    flattened,
     gradient_graph,
     hessian_product,
 )
@@ -31,8 +33,13 @@ Reduction = Literal["mean", "sum", "other"]
 _FEW = 32  # samples that a trial takes
 _NOT_FINITE = "The loss is not finite at the first measurement."
 _SUM = (
-    "The loss is a sum over the batch: its sharpness grows with the batch size, and 2/lr compares with the sum that is "
-    "being stepped."
+    "The loss is a sum over the batch: its sharpness grows with the batch size, FullBS is that of a sum over as many "
+    "samples as a batch has, and 2/lr compares with the sum that is being stepped."
+)
+_HIDDEN = (
+    "torch.autograd.grad does not find the gradient that loss.backward() finds, so the sharpness would be wrong: "
+    "activation checkpointing with use_reentrant=True hides parameters from it, as does any function whose own "
+    "backward pass calls backward(). Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
 )
 _FALLBACK = "Products are finite differences of gradients instead: slower, and accurate to a percent or so in float32."
 
@@ -108,12 +115,13 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         The findings.
 
     Raises:
-        ValueError: If the loss is no scalar, or if evaluating it changes the parameters.
+        ValueError: If the loss is no scalar, if evaluating it changes the parameters, or if its gradient cannot be had
+            without `backward`.
     """
     kind = _untouched(objective, lambda: reduction(objective, seed=seed))
     size = min(batch_size, _FEW) if kind == "mean" else batch_size
     (part,) = next(random_batches(objective.source, size, seed=seed))
-    graph = _untouched(objective, lambda: gradient_graph(objective, part))
+    graph = _untouched(objective, lambda: _whole_graph(objective, part))
     if not bool(torch.isfinite(graph.loss)):
         return Findings(kind, False, False, 0.0, 0.0, (_NOT_FINITE,))
     if not graph.depends:
@@ -130,7 +138,7 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         differences=differences,
         stacked=stacked,
         graph_bytes=_graph_bytes(objective, part),
-        seconds=_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size,
+        seconds=float(_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size),
         warnings=(*warnings, *([complaint] if complaint else [])),
     )
 
@@ -151,6 +159,50 @@ def _untouched(objective: Objective, evaluate: Callable[[], T]) -> T:
             "loss and changes nothing."
         )
     return result
+
+
+def _whole_graph(objective: Objective, part: Part) -> Graph:
+    """The gradient of one part, once it is known to be the one that `backward` finds."""
+    try:
+        graph = gradient_graph(objective, part)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(_HIDDEN) from error
+    loss = objective.evaluate(part)
+    nodes = _nodes(loss)
+    if not any(isinstance(node, BackwardCFunction) for node in nodes):
+        return graph  # only functions that are written in Python call `backward` themselves
+    leaves = {*objective.module.parameters(), *(node.variable for node in nodes if hasattr(node, "variable"))}
+    gradients = [leaf.grad for leaf in leaves]
+    hooks = [{} if leaf._post_accumulate_grad_hooks is None else leaf._post_accumulate_grad_hooks for leaf in leaves]
+    kept = [dict(each) for each in hooks]
+    try:
+        for leaf, its_hooks in zip(leaves, hooks, strict=True):
+            leaf.grad = None
+            its_hooks.clear()  # they may step an optimizer
+        loss.backward()
+        found = flattened([each.grad for each in objective.parameters], objective.parameters, graph.gradient.dtype)
+    finally:
+        for leaf, gradient, its_hooks, noted in zip(leaves, gradients, hooks, kept, strict=True):
+            leaf.grad = gradient
+            its_hooks.update(noted)
+    sizes, noise = [each.numel() for each in objective.parameters], 10 * _rounding(objective) * float(found.norm())
+    pairs = zip(found.split(sizes), graph.gradient.split(sizes), strict=True)
+    if any(float((whole - seen).norm()) > 0.1 * float(whole.norm()) + noise for whole, seen in pairs):
+        raise ValueError(_HIDDEN)
+    return graph
+
+
+def _nodes(loss: Tensor) -> set[Any]:
+    """All functions of a loss's graph."""
+    nodes, new = set[Any](), [loss.grad_fn]
+    while new:
+        node = new.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            new.extend(each for each, _ in node.next_functions)
+    return nodes
 
 
 def _seconds(objective: Objective, part: Part, vector: Tensor, differences: bool) -> float:
@@ -194,7 +246,7 @@ def _second_derivative(objective: Objective, part: Part, graph: Graph) -> str | 
         reason = str(error).splitlines()[0]
         return f"Products by autograd are impossible ({_culprit(objective, part, reason)}{reason}). {_FALLBACK}"
     along, sizes = images[0], [float(image.norm()) for image in images]
-    rounding = max(float(torch.finfo(parameter.dtype).eps) for parameter in objective.parameters)
+    rounding = _rounding(objective)
     if any(
         abs(float(vectors[j] @ images[i] - vectors[i] @ images[j])) > (1e-3 + 10 * rounding) * (sizes[i] + sizes[j])
         for i, j in ((0, 1), (0, 2), (1, 2))
@@ -217,6 +269,11 @@ def _second_derivative(objective: Objective, part: Part, graph: Graph) -> str | 
             "Detached targets explain it; else a layer's second derivative is wrong, and so is the sharpness."
         )
     return None
+
+
+def _rounding(objective: Objective) -> float:
+    """Relative rounding error of the coarsest parameters."""
+    return max(float(torch.finfo(parameter.dtype).eps) for parameter in objective.parameters)
 
 
 def _unit(vector: Tensor) -> Tensor:
@@ -266,7 +323,7 @@ def _graph_bytes(objective: Objective, part: Part) -> float:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in known:
+        if tensor.layout is torch.strided and tensor.data_ptr() not in known:  # sparse ones have no pointer
             storages[tensor.data_ptr()] = num_bytes(tensor)
         return tensor
 

@@ -2,14 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from lightning_eoss.curvature.objective import Batch, Objective, split
-from lightning_eoss.curvature.operators import Operator, Reduce, Scaling, Sequential, Stacked, krylov_like
+from lightning_eoss.curvature.operators import (
+    HESSIAN,
+    Curvature,
+    Operator,
+    Reduce,
+    Scaling,
+    Sequential,
+    Stacked,
+    krylov_like,
+)
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.linalg.lanczos import LanczosResult, lanczos, random_start
 
@@ -61,6 +71,13 @@ class WarmStart:
         if self.others is not None:
             start = start + _OTHERS * self.others
         return start if self.top is None else start + self.top
+
+    def fitting(self, objective: Objective) -> "WarmStart":
+        """The same on the device of the parameters; nothing where it is of other parameters."""
+        if self.top is None or self.top.numel() != objective.num_parameters:
+            return WarmStart()
+        like = krylov_like(objective)
+        return replace(self, top=self.top.to(like), others=None if self.others is None else self.others.to(like))
 
     def after(self, result: LanczosResult, *, of_full: bool = False) -> "WarmStart":
         """From the eigenpairs of a result's only row; unchanged where they are not finite."""
@@ -120,6 +137,7 @@ class Solver:
     findings: Findings
     generator: torch.Generator
     scaling: Scaling = field(default_factory=Scaling)
+    curvature: Curvature = HESSIAN
     reduce: Reduce = lambda total: total
     decide: Callable[[Any], Any] = lambda decision: decision
 
@@ -159,14 +177,22 @@ class Solver:
         if self.findings.reduction == "mean":
             piece = max(1, int(self.plan.memory_bytes / max(self.findings.graph_bytes, 1.0)))
             batches = [split(batch, piece) for batch in batches]
-        shapes = {tuple(part.size for part in batch) for batch in batches}
-        if self.findings.stacked and len(batches) > 1 and len(shapes) == 1:
+        stackable = self.findings.stacked and self.curvature is HESSIAN and len(batches) > 1
+        if stackable and self._alike(batches):
             return Stacked(self.objective, batches, self.scaling, self.reduce)
         largest = max(part.size for batch in batches for part in batch)
         slots = int(self.plan.memory_bytes / (self.findings.graph_bytes * largest + self.vector_bytes))
         if all(len(batch) == 1 for batch in batches):
             slots = max(slots, len(batches))
-        return Sequential(self.objective, batches, self.scaling, slots, self.findings.differences, self.reduce)
+        return Sequential(
+            self.objective, batches, self.scaling, slots, self.findings.differences, self.reduce, self.curvature
+        )
+
+    def _alike(self, batches: Sequence[Batch]) -> bool:
+        """Whether tensors of one shape and dtype stand at the same places of all; padding is as long as each needs."""
+        layouts = ([_layout(self.objective.load(part)) for part in batch] for batch in batches)
+        first = next(layouts)
+        return all(each == first for each in layouts)
 
     def solve(self, operator: Operator, starts: Tensor, **options: Any) -> LanczosResult:
         """Top eigenvalues of the operator's rows."""
@@ -191,3 +217,9 @@ class Solver:
         steps = max(30, min(MAX_STEPS, int(self.plan.memory_bytes / self.vector_bytes)))
         options = {"k": NUM_OUTLIERS, "leading": 1, "vectors": True, "max_steps": steps}
         return self.solve(operator, start, tol=tol * self.plan.solver_tol, **options), start[0]
+
+
+def _layout(batch: Any) -> tuple[Any, ...]:
+    """The structure of a batch, and the shapes and dtypes of its tensors."""
+    leaves, structure = tree_flatten(batch)
+    return structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves]

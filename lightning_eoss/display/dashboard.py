@@ -32,6 +32,24 @@ EDGE_RATIO_FULL_BS = "sharpness/edge_ratio_FullBS"
 EDGE_RATIO_DIRECTIONAL = "sharpness/edge_ratio_directional"
 EDGE = "sharpness/edge"
 PHASE = "sharpness/phase"
+PREDICTION_SUBSPACE = "prediction/subspace"
+PREDICTION_WIGNER = "prediction/wigner"
+PREDICTION_MARCHENKO_PASTUR = "prediction/marchenko_pastur"
+PREDICTION_OVERLAP = "prediction/overlap"
+PREDICTION_VARIANCE = "prediction/variance"
+PREDICTION_RANK = "prediction/rank"
+PREDICTION_CRITICAL_BATCH_SIZE = "prediction/critical_batch_size"
+SPECTRUM = "spectrum/density"  # a figure
+SPECTRUM_TRACE = "spectrum/trace"
+SPECTRUM_RANK = "spectrum/rank"
+SPECTRUM_ZEROS = "spectrum/mass_at_origin"
+SPECTRUM_NEGATIVE = "spectrum/negative_mass"
+SPECTRUM_LARGEST = "spectrum/largest"
+SPECTRUM_SMALLEST = "spectrum/smallest"
+SPECTRUM_BATCH_LARGEST = "spectrum/batch_largest"
+SPECTRUM_BATCH_SMALLEST = "spectrum/batch_smallest"
+SPECTRUM_BATCH_NEGATIVE = "spectrum/batch_negative_mass"
+SPECTRUM_SECONDS = "spectrum/seconds"
 COST_SHARE = "cost/share"
 COST_SECONDS = "cost/seconds"
 COST_HVPS = "cost/hvps"
@@ -39,7 +57,23 @@ COST_RESIDUAL = "cost/residual"
 COST_AUDIT = "cost/audit"
 
 #: Estimates, logged together with the two ends of their interval.
-WITH_INTERVAL = (MINI_BS, DIRECTIONAL, GAP, EDGE_RATIO)
+WITH_INTERVAL = (
+    MINI_BS,
+    DIRECTIONAL,
+    GAP,
+    EDGE_RATIO,
+    PREDICTION_SUBSPACE,
+    PREDICTION_WIGNER,
+    PREDICTION_MARCHENKO_PASTUR,
+    PREDICTION_VARIANCE,
+    PREDICTION_RANK,
+    PREDICTION_CRITICAL_BATCH_SIZE,
+    SPECTRUM_TRACE,
+    SPECTRUM_RANK,
+    SPECTRUM_ZEROS,
+    SPECTRUM_NEGATIVE,
+    SPECTRUM_BATCH_NEGATIVE,
+)
 
 LAMBDA_MAX = "sharpness/lambda_max"  # a histogram
 GUIDE = "sharpness/guide"  # a text card
@@ -58,6 +92,24 @@ DESCRIPTIONS: dict[str, str] = {
     EDGE_RATIO_DIRECTIONAL: "directional sharpness in the same units; the phase is judged on it",
     EDGE: "the constant 1",
     PHASE: "0 sharpening, 1 at the edge, 2 beyond it, 3 catapult; over the last five measurements",
+    PREDICTION_SUBSPACE: "MiniBS predicted from the full batch's outliers; `_trusted` is 0 where it should not be",
+    PREDICTION_WIGNER: "MiniBS by Theorem 4 of Granziol et al., batch noise taken for homogeneous",
+    PREDICTION_MARCHENKO_PASTUR: "MiniBS by their Theorem 7, corrected, the bulk taken for flat",
+    PREDICTION_OVERLAP: "their Theorem 10: squared cosine between a batch's top eigenvector and the full batch's",
+    PREDICTION_VARIANCE: "variance of the per-sample Hessian, P sigma^2 = E|H_i - H|^2 / P",
+    PREDICTION_RANK: "rank of the full batch's Hessian, at least",
+    PREDICTION_CRITICAL_BATCH_SIZE: "batch size at which MiniBS is twice FullBS: larger ones allow hardly more "
+    "learning rate",
+    SPECTRUM_TRACE: "sum of the full batch's Hessian eigenvalues",
+    SPECTRUM_RANK: "how many of them are not zero, at least",
+    SPECTRUM_ZEROS: "share of them that is zero, at most",
+    SPECTRUM_NEGATIVE: "share of them below zero",
+    SPECTRUM_LARGEST: "the largest of them",
+    SPECTRUM_SMALLEST: "the smallest of them",
+    SPECTRUM_BATCH_LARGEST: "largest Hessian eigenvalue of one random batch",
+    SPECTRUM_BATCH_SMALLEST: "its smallest",
+    SPECTRUM_BATCH_NEGATIVE: "share of its eigenvalues below zero",
+    SPECTRUM_SECONDS: "seconds that the densities took",
     COST_SHARE: "share of wall time spent on measuring",
     COST_SECONDS: "seconds of one measurement",
     COST_HVPS: "Hessian-vector products of one measurement, counted in batches of training's size",
@@ -129,13 +181,38 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
     ),
 }
 _CLOSED = {"Cost"}
+_PREDICTIONS = {
+    "Predictions": (
+        _Chart(
+            "MiniBS measured against predicted",
+            "what the theories make of the full batch, beside what was measured; bands are 95 % intervals",
+            (MINI_BS, PREDICTION_SUBSPACE, PREDICTION_WIGNER, PREDICTION_MARCHENKO_PASTUR),
+        ),
+        _Chart(
+            "Critical batch size",
+            "above it, larger batches hardly allow a larger learning rate",
+            (PREDICTION_CRITICAL_BATCH_SIZE, BATCH_SIZE),
+            smoothed=True,
+        ),
+    ),
+}
 
 
-def layout() -> layout_pb2.Layout:
+def _categories(*, predictions: bool) -> dict[str, tuple[_Chart, ...]]:
+    """The page's categories, those before the cost that a run has."""
+    first = {title: charts for title, charts in _CATEGORIES.items() if title not in _CLOSED}
+    last = {title: charts for title, charts in _CATEGORIES.items() if title in _CLOSED}
+    return {**first, **(_PREDICTIONS if predictions else {}), **last}
+
+
+def layout(*, predictions: bool = False) -> layout_pb2.Layout:
     """Builds the page: its categories, charts and tags.
 
+    Args:
+        predictions: Whether the run has predictions.
+
     Returns:
-        The layout, the same for every run.
+        The layout, the same for every such run.
 
     Example:
         >>> [category.title for category in layout().category]
@@ -144,7 +221,7 @@ def layout() -> layout_pb2.Layout:
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(title=title, chart=[_message(chart) for chart in charts], closed=title in _CLOSED)
-            for title, charts in _CATEGORIES.items()
+            for title, charts in _categories(predictions=predictions).items()
         ]
     )
 
@@ -162,11 +239,12 @@ def _message(chart: _Chart) -> layout_pb2.Chart:
     return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=series))
 
 
-def write_layout(experiment: Any) -> None:
+def write_layout(experiment: Any, *, predictions: bool = False) -> None:
     """Writes the page into a run; once a run is enough.
 
     Args:
         experiment: `logger.experiment` of any logger. Nothing happens unless it is TensorBoard's `SummaryWriter`.
+        predictions: Whether the run has predictions.
 
     Example:
         >>> write_layout(object())  # not TensorBoard: nothing happens
@@ -175,29 +253,35 @@ def write_layout(experiment: Any) -> None:
     writer = getattr(experiment, "_get_file_writer", lambda: None)()
     if writer is None:  # also where Lightning hands out a dummy, on all processes but the first
         return
-    text = TensorProto(dtype="DT_STRING", string_val=[layout().SerializeToString()], tensor_shape=TensorShapeProto())
+    page = layout(predictions=predictions)
+    text = TensorProto(dtype="DT_STRING", string_val=[page.SerializeToString()], tensor_shape=TensorShapeProto())
     plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
     writer.add_summary(Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=text, metadata=plugin)]))
 
 
-def write_guide(experiment: Any, notes: Sequence[str]) -> None:
+def write_guide(experiment: Any, notes: Sequence[str], *, predictions: bool = False) -> None:
     """Writes the text card: how to read each chart, what holds for this run, and what each tag is.
 
     Args:
         experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_text`.
         notes: Facts of the run, one line each, such as "FullBS: fixed random subset of 8,192 of 50,000 samples".
+        predictions: Whether the run has predictions.
 
     Example:
         >>> write_guide(object(), ["batch size 16"])  # not TensorBoard: nothing happens
     """
-    charts = [chart for charts in _CATEGORIES.values() for chart in charts]
+    charts = [chart for charts in _categories(predictions=predictions).values() for chart in charts]
     lines = [
         "**This run**\n" if notes else "",
         *(f"- {note}" for note in notes),
         "\n**The charts of the *Custom Scalars* page**\n",
         *(f"- *{chart.title}*: {chart.reading}." for chart in charts),
         "\n**The tags**\n",
-        *(f"- `{tag}`: {description}." for tag, description in DESCRIPTIONS.items()),
+        *(
+            f"- `{tag}`: {description}."
+            for tag, description in DESCRIPTIONS.items()
+            if tag.split("/")[0] not in ("spectrum", *(() if predictions else ("prediction",)))
+        ),
     ]
     _call(experiment, "add_text", GUIDE, "\n".join(lines), 0)
 
@@ -214,6 +298,22 @@ def write_histogram(experiment: Any, values: Any, step: int) -> None:
         >>> write_histogram(object(), [5.1, 5.8], step=0)  # not TensorBoard: nothing happens
     """
     _call(experiment, "add_histogram", LAMBDA_MAX, values, step)
+
+
+def trusted(tag: str) -> str:
+    """Names the flag of a prediction.
+
+    Args:
+        tag: The tag of a predicted MiniBS.
+
+    Returns:
+        The tag that is 1 where the prediction is to be trusted, else 0.
+
+    Example:
+        >>> trusted(PREDICTION_WIGNER)
+        'prediction/wigner_trusted'
+    """
+    return f"{tag}_trusted"
 
 
 def _call(experiment: Any, method: str, *args: Any) -> None:

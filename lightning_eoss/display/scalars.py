@@ -3,6 +3,7 @@
 import math
 
 from lightning_eoss.curvature.measure import SharpnessMeasurement
+from lightning_eoss.curvature.predict import SharpnessPrediction
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, edge_ratio
 from lightning_eoss.theory.statistics import Estimate, scaled, shifted
@@ -33,16 +34,43 @@ def scalars(
         values |= _sharpness(measurement, limits)
     if isinstance(limits, StabilityLimits):
         values |= _edge_ratios(measurement, limits, in_limits=in_limits)
-    return _finite(values)
+    return finite(values)
+
+
+def prediction_scalars(prediction: SharpnessPrediction) -> dict[str, float]:
+    """The flat floats of a prediction at one batch size under their tags; what is undefined is not there.
+
+    Args:
+        prediction: What was predicted; its first batch size counts.
+
+    Returns:
+        Tag to value, all finite.
+    """
+    models = {
+        tags.PREDICTION_SUBSPACE: prediction.subspace[0],
+        tags.PREDICTION_WIGNER: prediction.wigner[0],
+        tags.PREDICTION_MARCHENKO_PASTUR: prediction.marchenko_pastur[0],
+    }
+    estimates = {
+        tags.PREDICTION_VARIANCE: prediction.variance,
+        tags.PREDICTION_RANK: prediction.rank,
+        tags.PREDICTION_CRITICAL_BATCH_SIZE: prediction.critical_batch_size,
+        **{tag: model.estimate for tag, model in models.items()},
+    }
+    values = {tags.PREDICTION_OVERLAP: prediction.overlap[0]}
+    for tag, estimate in estimates.items():
+        values |= with_interval(tag, estimate)
+    flags = {tags.trusted(tag): float(model.trusted) for tag, model in models.items()}
+    return {**finite(values), **flags}
 
 
 def _sharpness(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits) -> dict[str, float]:
     """Sharpness in the units of the Hessian, with the threshold where anything stands beside it."""
-    values = _finite(
+    values = finite(
         {
-            **_with_interval(tags.MINI_BS, measurement.mini_batch),
-            **_with_interval(tags.DIRECTIONAL, measurement.directional),
-            **_with_interval(tags.GAP, measurement.gap),
+            **with_interval(tags.MINI_BS, measurement.mini_batch),
+            **with_interval(tags.DIRECTIONAL, measurement.directional),
+            **with_interval(tags.GAP, measurement.gap),
             tags.FULL_BS: measurement.full_batch.value,
             tags.CURRENT_BATCH: measurement.current_batch.value,
         }
@@ -57,9 +85,9 @@ def _edge_ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, 
     full = measurement.full_batch.value
     ratios = [measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)]
     mini, directional, exact = ratios if in_limits else [in_units_of(each, limits) for each in ratios]
-    values = _finite(
+    values = finite(
         {
-            **_with_interval(tags.EDGE_RATIO, mini),
+            **with_interval(tags.EDGE_RATIO, mini),
             tags.EDGE_RATIO_FULL_BS: exact.mean,
             tags.EDGE_RATIO_DIRECTIONAL: directional.mean,
         }
@@ -67,8 +95,15 @@ def _edge_ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, 
     return {**values, tags.EDGE: 1.0} if values else {}
 
 
-def _finite(values: dict[str, float]) -> dict[str, float]:
-    """What can be drawn."""
+def finite(values: dict[str, float]) -> dict[str, float]:
+    """Leaves out what cannot be drawn.
+
+    Args:
+        values: Tag to value.
+
+    Returns:
+        Those that are finite, as floats.
+    """
     return {tag: float(value) for tag, value in values.items() if math.isfinite(value)}
 
 
@@ -86,8 +121,16 @@ def in_units_of(estimate: Estimate, limits: StabilityLimits) -> Estimate:
     return shifted(scaled(estimate, unit), -edge_ratio(0.0, limits))
 
 
-def _with_interval(tag: str, estimate: Estimate) -> dict[str, float]:
-    """An estimate under its three tags; the bounds of a margin chart are there both or not at all."""
+def with_interval(tag: str, estimate: Estimate) -> dict[str, float]:
+    """An estimate under its three tags; the bounds of a margin chart are there both or not at all.
+
+    Args:
+        tag: One of `dashboard.WITH_INTERVAL`.
+        estimate: What stands under it.
+
+    Returns:
+        Tag to value.
+    """
     if not math.isfinite(estimate.upper - estimate.lower):
         return {tag: estimate.mean}
     lower, upper = tags.interval(tag)

@@ -15,7 +15,7 @@ Two choices were made by simulation, on mini-batch Hessians of the digits and on
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -39,7 +39,11 @@ class Estimate:
     stderr: float
     lower: float
     upper: float
-    values: tuple[float, ...] = ()  # what the mean was taken over, where it was kept
+    values: tuple[float, ...] = field(default=(), repr=False)  # what the mean was taken over, where it was kept
+
+    def __str__(self) -> str:
+        """The mean and its interval."""
+        return f"{self.mean:.4g} [{self.lower:.4g}, {self.upper:.4g}]"
 
 
 def moments(values: Tensor, controls: Tensor | None = None) -> Tensor:
@@ -208,7 +212,7 @@ def with_audit(estimate: Estimate, audits: Iterable[float]) -> Estimate:
 
     Example:
         >>> with_audit(Estimate(2.0, 0.1, 1.75, 2.25), [-0.5, 0.25])
-        Estimate(mean=2.0, stderr=0.1, lower=1.75, upper=2.5, values=())
+        Estimate(mean=2.0, stderr=0.1, lower=1.75, upper=2.5)
     """
     return replace(estimate, upper=estimate.upper + float(np.max([0.0, *audits])))
 
@@ -227,7 +231,7 @@ def shifted(estimate: Estimate, offset: float, error: float = 0.0) -> Estimate:
 
     Example:
         >>> shifted(Estimate(2.0, 0.25, 1.5, 2.5, (1.0, 3.0)), 1.0, error=0.25)
-        Estimate(mean=1.0, stderr=0.25, lower=0.25, upper=1.75, values=(0.0, 2.0))
+        Estimate(mean=1.0, stderr=0.25, lower=0.25, upper=1.75)
     """
     return Estimate(
         mean=estimate.mean - offset,
@@ -250,7 +254,7 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 
     Example:
         >>> scaled(Estimate(2.0, 0.25, 1.5, 3.0, (1.0, 3.0)), -2.0)
-        Estimate(mean=-4.0, stderr=0.5, lower=-6.0, upper=-3.0, values=(-2.0, -6.0))
+        Estimate(mean=-4.0, stderr=0.5, lower=-6.0, upper=-3.0)
     """
     bounds = (estimate.lower, estimate.upper) if factor >= 0 else (estimate.upper, estimate.lower)
     return Estimate(

@@ -8,6 +8,10 @@ from lightning_eoss.curvature.solver import Plan
 COLD_PRODUCTS = 20  # of a value from scratch
 WARM_PRODUCTS = 6  # of a mini-batch, the directional one included
 USUAL_BATCHES = 40
+FIRST_BATCHES = 10  # under a share of wall time: better a wide interval soon than a narrow one late
+PREDICTION_PASSES = 120  # with the full batch: outliers 40, bulk 72, tail 6
+GROUP_PRODUCTS = 11  # with each group of samples
+MIN_GROUPS, MAX_GROUPS = 16, 1024
 
 
 def affordable(
@@ -22,7 +26,8 @@ def affordable(
         max_seconds: Of one measurement.
 
     Returns:
-        The plan, the expected seconds of each quantity from scratch, and what was cut in words (empty if nothing).
+        The plan, the expected seconds of each quantity from scratch (`"first"`: of the first MiniBS), and what was cut
+        in words (empty if nothing).
     """
     product = findings.seconds
     full = min(plan.full_batch_samples or num_samples, num_samples)
@@ -49,16 +54,20 @@ def affordable(
     costs = {
         "current": WARM_PRODUCTS * product,
         "mini": (WARM_PRODUCTS * usual + 2 * COLD_PRODUCTS) * product,
+        "first": (WARM_PRODUCTS * min(plan.num_batches, FIRST_BATCHES) + 2 * COLD_PRODUCTS) * product,
         "full": COLD_PRODUCTS * full / plan.step_size * product,
     }
     return plan, costs, message if cuts else ""
 
 
-def described(plan: Plan, num_samples: int, num_parameters: int, seconds: float, schedule: str) -> list[str]:
+def described(
+    plan: Plan, findings: Findings, num_samples: int, num_parameters: int, seconds: float, schedule: str
+) -> list[str]:
     """Says what is going to be measured.
 
     Args:
         plan: The plan, cut to what may be spent.
+        findings: How the loss is made of its samples' losses.
         num_samples: Samples there are.
         num_parameters: P.
         seconds: What a full measurement is expected to take.
@@ -69,8 +78,37 @@ def described(plan: Plan, num_samples: int, num_parameters: int, seconds: float,
     """
     full = min(plan.full_batch_samples or num_samples, num_samples)
     samples = "all" if full == num_samples else f"a fixed random subset of {full:,} of"
-    return [
+    parts = [
         f"MiniBS(b={plan.step_size}) over at most {plan.num_batches} mini-batches, "
         f"FullBS on {samples} {num_samples:,} samples, P = {num_parameters:,}",
         f"a full measurement takes about {seconds:.2g} s; {schedule}",
     ]
+    if findings.reduction == "other":
+        parts.append(
+            "the loss of a batch is no mean over its samples (class weights, BatchNorm in train mode, dropout, random "
+            f"augmentation), so FullBS is the top of the mean Hessian over chunks of {plan.batch_size}"
+        )
+    return parts
+
+
+def predictable(plan: Plan, findings: Findings, num_samples: int, max_seconds: float) -> tuple[Plan, int, int, float]:
+    """What predictions are made of within `max_seconds`, half for the full batch and half for small groups of samples.
+
+    Args:
+        plan: The measurement's.
+        findings: The time of a product, and whether batches can be stacked: where not, single samples are too dear.
+        num_samples: Samples there are.
+        max_seconds: Of one prediction.
+
+    Returns:
+        The plan with the full batch cut, samples of a group, number of groups, and the expected seconds.
+    """
+    product, half = findings.seconds, max_seconds / 2
+    full = min(plan.full_batch_samples or num_samples, num_samples)
+    passes = PREDICTION_PASSES * product / plan.step_size  # seconds for each sample of the full batch
+    kept = max(min(full, int(half / passes)), min(full, plan.step_size))
+    size = 1 if findings.stacked else max(1, plan.step_size // 8)
+    group = GROUP_PRODUCTS * product * (size / plan.step_size if findings.stacked else 0.5)
+    groups = max(MIN_GROUPS, min(MAX_GROUPS, int(half / group)))
+    groups = min(groups, num_samples // size)
+    return replace(plan, full_batch_samples=kept), size, groups, passes * kept + group * groups

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -25,6 +27,7 @@ from torch.utils.data import (
 )
 
 from lightning_eoss.curvature.isolation import isolated
+from lightning_eoss.curvature.measure import check_loss_fn
 from lightning_eoss.curvature.objective import (
     Batch,
     BatchListSource,
@@ -58,6 +61,7 @@ def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | N
 
     Raises:
         MisconfigurationException: With what is wrong and the way out.
+        TypeError: If the loss does not take a module and a batch.
     """
     strategy = type(trainer.strategy).__name__
     if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel", "XLA")):
@@ -72,12 +76,14 @@ def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | N
             f"Train with devices=1, or: {_ELSEWHERE}"
         )
     if loss_fn is not None:
+        check_loss_fn(loss_fn)
         return
     hint = "Pass loss_fn=, a function of (pl_module, batch) that returns the loss to be stepped on and changes nothing."
     if not getattr(pl_module, "automatic_optimization", True):
         raise MisconfigurationException(
             f"{name} cannot evaluate a module with automatic_optimization=False: its training_step would step "
-            f"the optimizer. {hint}"
+            f"the optimizer. {hint} The Hessian is taken of all trainable parameters, and with several optimizers "
+            "(as a GAN has) there is no threshold."
         )
     if not sees_batches(pl_module):
         raise MisconfigurationException(
@@ -100,6 +106,42 @@ def refuse_frozen(pl_module: nn.Module, name: str) -> None:
             f"{name} found no parameter with requires_grad=True in {type(pl_module).__name__}, "
             "so the loss has no Hessian. Unfreeze what is trained."
         )
+
+
+def check_dataloader(dataloader: Any, name: str) -> None:
+    """Raises where data of a monitor's own are not batches, or come only once.
+
+    Args:
+        dataloader: What a user gave.
+        name: The callback's name, for the message.
+
+    Raises:
+        TypeError: With the way out.
+    """
+    once = isinstance(dataloader, Iterator) and not hasattr(dataloader, "flattened")  # as CombinedLoaders have
+    indexed = hasattr(dataloader, "__getitem__") and not isinstance(dataloader, list)
+    if not isinstance(dataloader, Iterable) or isinstance(dataloader, Dataset) or once or indexed:
+        raise TypeError(
+            f"{name}: dataloader= must be a DataLoader, a list of the batches that training_step gets, or an iterable "
+            f"that yields them anew each time, not {type(dataloader).__name__}. Of a data set, pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(dataloader, list) and dataloader and _is_sample(dataloader[0]):
+        raise TypeError(
+            f"{name}: the first entry of dataloader= is a sample, not a batch: what it consists of differs in length. "
+            "Pass DataLoader(samples, batch_size=...), or, if these are batches, DataLoader(batches, batch_size=None)."
+        )
+
+
+def _is_sample(entry: Any) -> bool:
+    """Whether tensors and numbers side by side have not all one length, as those of a batch have."""
+    fields = entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, (list, tuple)) else ()
+    lengths = {
+        len(each) if isinstance(each, Tensor) and each.ndim else 0
+        for each in fields
+        if isinstance(each, (Tensor, int, float))
+    }
+    return len(lengths) > 1 or lengths == {0}
 
 
 def cautions(trainer: Any, pl_module: nn.Module) -> list[str]:
@@ -147,8 +189,7 @@ def training_loss(
         A function of a batch.
     """
     step = _training_step(pl_module)
-    wants_index = len(inspect.signature(step).parameters) >= 2
-
+    wants_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # the rule that Lightning goes by
     device = next(pl_module.parameters()).device.type
 
     def loss(batch: Any) -> Any:
@@ -237,10 +278,12 @@ def training_data(
             )
         reach = _reach(trainer, loader)
     drawn_from = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-    with isolated(pl_module, [loader, *drawn_from]):  # iterating a loader or a sampler draws from generators
+    combined = getattr(loader, "flattened", [])  # the loaders of a CombinedLoader
+    with isolated(pl_module, [loader, *drawn_from, *combined]):  # iterating a loader or a sampler draws from generators
         if _indexable(loader):
             return _indexed(loader, transfer, reach)
-        batches = list(_first_samples(loader, max_samples))
+        its_batches = (batch for batch, _idx, _dataloader_idx in loader) if combined else loader
+        batches = list(_first_samples(its_batches, max_samples))
     if not batches:
         raise MisconfigurationException(
             f"{name} got dataloader={dataloader!r}, which has no batches. Pass data to measure on."

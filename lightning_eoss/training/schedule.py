@@ -7,6 +7,8 @@ often and dear ones seldom; what one cannot use, because training steps are too 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_eoss.curvature.measure import number, whole
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -25,21 +27,27 @@ def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_
         max_seconds: Upper limit of one measurement.
 
     Raises:
+        TypeError: If one of the numbers is none.
         ValueError: If both schedules are given, or one of the numbers is out of its range.
     """
+    number("max_seconds", max_seconds)
     if every_n_train_steps is not None and overhead is not None:
         raise ValueError(
             f"every_n_train_steps={every_n_train_steps} and overhead={overhead} are two schedules: "
             "choose one, or neither for overhead=0.05."
         )
-    if every_n_train_steps is not None and (isinstance(every_n_train_steps, bool) or every_n_train_steps % 1):
-        raise TypeError(f"every_n_train_steps={every_n_train_steps!r} must be a whole number of steps.")
-    if every_n_train_steps is not None and every_n_train_steps < 1:
-        raise ValueError(
-            f"every_n_train_steps={every_n_train_steps} must be at least 1; leave it out for a share of wall time."
-        )
-    if overhead is not None and not 0 < overhead < 1:
-        raise ValueError(f"overhead={overhead} is a share of the wall time and must lie between 0 and 1, as 0.05 does.")
+    if every_n_train_steps is not None:
+        whole("every_n_train_steps", every_n_train_steps)
+        if every_n_train_steps < 1:
+            raise ValueError(
+                f"every_n_train_steps={every_n_train_steps} must be at least 1; leave it out for a share of wall time."
+            )
+    if overhead is not None:
+        number("overhead", overhead)
+        if not 0 < overhead < 1:
+            raise ValueError(
+                f"overhead={overhead} is a share of the wall time and must lie between 0 and 1, as 0.05 does."
+            )
     if not max_seconds > 0:
         raise ValueError(f"max_seconds={max_seconds} must be positive: it is the upper limit of one measurement.")
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lightning_eoss.curvature.isolation import Isolation
 from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.training.probe import TrainingData, is_live, logging_step, training_data, training_loss
+from lightning_eoss.training.probe import (
+    TrainingData,
+    check_dataloader,
+    is_live,
+    logging_step,
+    training_data,
+    training_loss,
+)
 from lightning_eoss.training.quiet import quiet
 
 HISTORY = 10_000  # entries, above which the older half is thinned
@@ -33,6 +40,10 @@ class Watch:
     spent: float = 0.0  # seconds in hooks since fit began
     _said: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        if self.dataloader is not None:
+            check_dataloader(self.dataloader, self.name)
+
     def begin(self) -> None:
         """Starts the clock of a fit."""
         self.began, self.spent = time.perf_counter(), 0.0
@@ -43,13 +54,16 @@ class Watch:
         return time.perf_counter() - self.began
 
     @contextmanager
-    def objective(self, trainer: Any, pl_module: Any, batch_idx: int) -> Iterator[tuple[Objective, Isolation]]:
+    def objective(
+        self, trainer: Any, pl_module: Any, batch_idx: int, *, evaluating: bool = False
+    ) -> Iterator[tuple[Objective, Isolation]]:
         """The loss that training steps on, as a function of any samples; nothing that is done with it is ever seen.
 
         Args:
             trainer: The Trainer that runs.
             pl_module: The module that it trains.
             batch_idx: What `training_step` is told where it asks.
+            evaluating: Whether the module is in eval mode meanwhile.
 
         Yields:
             The objective, and the isolation that it lives in.
@@ -60,7 +74,24 @@ class Watch:
             loss = training_loss(
                 trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=self.as_trained
             )
-            yield Objective(pl_module, loss, self.data.source, isolation), isolation
+
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            owned = [parameter for group in groups for parameter in group["params"]]
+
+            def evaluated(batch: Any) -> Any:
+                pl_module.eval()  # each time anew: the isolation puts training's modes back
+                return loss(batch)
+
+            yield (
+                Objective(
+                    pl_module,
+                    evaluated if evaluating else loss,
+                    self.data.source,
+                    isolation,
+                    owned={id(each) for each in owned} or None,
+                ),
+                isolation,
+            )
 
     def publish(self, trainer: Any, values: dict[str, float]) -> int:
         """Gives scalars to every logger and to the Trainer, and keeps them.
@@ -80,6 +111,25 @@ class Watch:
             logger.log_metrics(values, step=step)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         return step
+
+    @contextmanager
+    def forgiving(self, *, first: bool) -> Iterator[None]:
+        """Lets a measurement fail without ending training, unless it is the first.
+
+        Args:
+            first: Whether nothing has been measured yet: little is lost then, and what is wrong will stay wrong.
+        """
+        try:
+            yield
+        except Exception as error:
+            if first:
+                error.add_note(
+                    f"{self.name} met this at its first measurement. Where training_step cannot be evaluated once "
+                    "more, pass loss_fn=, a function of (pl_module, batch) that returns the loss; without the callback "
+                    "training is what it was."
+                )
+                raise
+            self.say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
 
     def say(self, message: str) -> None:
         """Warns, each message once."""

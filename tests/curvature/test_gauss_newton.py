@@ -536,8 +536,12 @@ def test_half_precision_parameters_have_single_precision_vectors() -> None:
 
 
 def test_a_diverged_loss_is_found_too() -> None:
-    with some_batches(mlp, cross_entropy) as (objective, batches):
-        objective.parameters[0].data.fill_(torch.nan)
+    def diverged() -> nn.Module:
+        model = mlp()
+        next(model.parameters()).data.fill_(torch.nan)
+        return model
+
+    with some_batches(diverged, cross_entropy) as (objective, batches):
         operator = Sequential(objective, batches, curvature=gauss_newton(discovered_outputs(objective.loss)))
         assert bool(operator.losses().isnan().all()) and bool(
             operator.matvec(probes(objective, 2)).isnan().any(1).all()

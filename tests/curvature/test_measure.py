@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lightning_eoss.curvature.isolation import isolated
@@ -23,15 +25,16 @@ from lightning_eoss.curvature.measure import (
 )
 from lightning_eoss.curvature.objective import (
     BatchListSource,
+    DatasetSource,
     Objective,
     Part,
     derived_seed,
     full_batch,
     random_batches,
 )
-from lightning_eoss.curvature.operators import Scaling
+from lightning_eoss.curvature.operators import Scaling, Sequential, Stacked
 from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.curvature.solver import Plan, Solver, WarmStart
 from tests.curvature.test_operators import NETS, batch_norm_training, dropout
 from tests.curvature.test_preflight import sum_of_errors, weighted_cross_entropy
 from tests.problems import (
@@ -499,6 +502,93 @@ def test_reduce_and_decide_see_sums_and_decisions() -> None:
     assert any(isinstance(each, bool) for each in decisions) and any(isinstance(each, Tensor) for each in decisions)
 
 
+# ---- what data and networks may be -----------------------------------------------------------------------------------
+
+
+def tokens(lengths: list[int], dtype: torch.dtype = torch.int64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 9, (length,), generator=generator).to(dtype) for length in lengths]
+
+
+def next_token(model: nn.Module, batch: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch[:, :-1].long()).transpose(1, 2), batch[:, 1:].long(), ignore_index=0)
+
+
+def language_model(sparse: bool = False) -> nn.Module:
+    return nn.Sequential(nn.Embedding(9, 3, sparse=sparse), nn.Linear(3, 9))
+
+
+def test_only_batches_of_one_layout_are_stacked() -> None:
+    data = tokens([5] * 4 + [3] * 2) + tokens([5] * 2, torch.int32)
+    model = made(language_model)
+    with isolated(model) as isolation:
+        source = DatasetSource(data, pad_sequence_first)
+        objective = Objective(model, lambda batch: next_token(model, batch), source, isolation)
+        findings = dataclasses.replace(preflight(objective, 2), stacked=True)
+        solver = Solver(objective, Plan(2), findings, torch.Generator())
+
+        def kind(*pairs: tuple[int, int]) -> Any:
+            return type(solver.operator([(Part(1.0, 2, pair),) for pair in pairs]))
+
+        assert kind((0, 1), (2, 3)) is Stacked
+        assert kind((0, 1), (3, 4)) is Stacked  # padded to one length
+        assert kind((0, 1), (4, 5)) is Sequential
+        assert kind((0, 1), (6, 7)) is Sequential
+        values = [
+            measure(objective, Plan(2, num_batches=10), dataclasses.replace(findings, stacked=stacked), WarmStart())[0]
+            for stacked in (True, False)
+        ]
+    assert_close(values[0].mini_batch.values, values[1].mini_batch.values, dtype=torch.float32)
+
+
+def pad_sequence_first(rows: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def test_sparse_gradients() -> None:
+    data = tokens([4] * 12)
+    found, expected = (
+        measure_sharpness(made(lambda sparse=sparse: language_model(sparse)), next_token, data, batch_size=4, tol=TOL)
+        for sparse in (True, False)
+    )
+    assert found.full_batch.value == pytest.approx(expected.full_batch.value, rel=TOL)
+    assert found.mini_batch.mean == pytest.approx(expected.mini_batch.mean, rel=1e-3)
+
+
+def test_what_is_found_out_about_the_loss_is_said_where_the_call_stands() -> None:
+    with pytest.warns(UserWarning, match="sum over the batch: .*FullBS is that of a sum over as many") as warned:
+        measure_sharpness(made(mlp), sum_of_errors, DATA, batch_size=4)
+    assert [each.filename for each in warned] == [__file__]
+
+
+def test_a_measurement_is_shown_in_a_line() -> None:
+    found = measure_sharpness(made(mlp), squared_error, DATA, batch_size=4)
+    number = r"-?[\d.]+"
+    interval = rf"{number} \[{number}, {number}\]"
+    assert re.fullmatch(
+        rf"SharpnessMeasurement\(MiniBS\(4\) = {interval}, FullBS = {number}, gap = {interval}, "
+        rf"directional = {interval}, \d+ products, {number} s\)",
+        repr(found),
+    )
+    assert repr(found.mini_batch).startswith("Estimate(mean=") and "values" not in repr(found.mini_batch)
+    nothing, _ = measured(mlp, squared_error, Plan(4), full=False, mini=False)
+    assert re.fullmatch(r"SharpnessMeasurement\(0 products, .* s\)", repr(nothing))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    plain = measure_sharpness(made(mlp), squared_error, DATA, batch_size=4, num_batches=10, seed=3, rel_error=0.25)
+    found = measure_sharpness(
+        made(mlp),
+        squared_error,
+        DATA,
+        batch_size=np.int64(4),
+        num_batches=np.int64(10),
+        seed=np.int64(3),
+        rel_error=np.float32(0.25),
+    )
+    assert found.mini_batch == plain.mini_batch
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +632,10 @@ def test_a_loss_without_a_graph_is_refused() -> None:
         ({"dataset": torch.utils.data.DataLoader(DATA)}, "DataLoader its .dataset"),
         ({"batch_size": "4"}, "batch_size='4' must be a whole number"),
         ({"num_batches": 2.5}, "num_batches=2.5 must be a whole number"),
+        ({"num_batches": 4.0}, "num_batches=4.0 must be a whole number"),
+        ({"rel_error": "a"}, "rel_error='a' must be a number, got str"),
+        ({"tol": "x"}, "tol='x' must be a number, got str"),
+        ({"loss_fn": lambda batch: 0}, r"loss_fn=<function .*> must take \(module, batch\) and return the loss"),
     ],
 )
 def test_arguments_of_the_wrong_kind(arguments: dict[str, Any], message: str) -> None:

@@ -21,6 +21,7 @@ from lightning_eoss.curvature.operators import (
 from tests.problems import (
     Attention,
     LossFn,
+    Tempered,
     Tied,
     assert_close,
     batch_norm,
@@ -39,7 +40,7 @@ from tests.problems import (
 torch.set_num_threads(1)
 
 DATA = pictures()
-NETS = [mlp, cnn, layer_norm, batch_norm, Attention, Tied]
+NETS = [mlp, cnn, layer_norm, batch_norm, Attention, Tied, Tempered]
 
 
 def dense(model: nn.Module, loss_fn: LossFn, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import BatchListSource, Objective, full_batch
 from lightning_eoss.curvature.operators import Sequential
 from lightning_eoss.curvature.preflight import Findings, preflight, reduction
+from lightning_eoss.curvature.solver import Plan
+from lightning_eoss.training.plan import described
 from tests.curvature.test_operators import Bag, batch_norm_training, dropout, sentences
 from tests.problems import (
     Attention,
     LossFn,
+    Tempered,
     Tied,
     assert_close,
     batch_norm,
@@ -115,12 +119,78 @@ def test_a_sum_is_warned_about() -> None:
     assert "sum over the batch: its sharpness grows with the batch size" in warning
 
 
+@pytest.mark.parametrize(
+    ("net", "loss_fn"), [(mlp, weighted_cross_entropy), (mlp, pairwise), (batch_norm_training, squared_error)]
+)
+def test_what_full_means_where_the_loss_is_no_mean_is_said(net: Any, loss_fn: LossFn) -> None:
+    findings = findings_of(net, loss_fn, pictures())
+    assert findings.warnings == ()
+    *_, note = described(Plan(8), findings, 22, 100, 1.0, "every step")
+    assert "so FullBS is the top of the mean Hessian over chunks of 8" in note
+    assert len(described(Plan(8), findings_of(mlp, squared_error, pictures()), 22, 100, 1.0, "every step")) == 2
+
+
+def test_of_ready_batches_nothing_is_said() -> None:
+    model, batches = made(mlp), [collated(pictures(), range(4))] * 4
+    with isolated(model) as isolation:
+        source = BatchListSource(batches, [4] * 4)
+        objective = Objective(model, lambda batch: squared_error(model, batch), source, isolation)
+        assert preflight(objective, 1).warnings == ()
+
+
+# ---- gradients that only `backward` finds ----------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Activation checkpointing, from the first layer on or after it."""
+
+    def __init__(self, first: bool, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.reentrant = first, reentrant
+        self.embed, self.head = nn.Linear(16, 16), nn.Linear(4, 3)
+        self.inner = nn.Sequential(nn.Linear(16, 4), nn.Tanh())
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        inputs = pictures.flatten(1)
+        inputs = inputs.clone().requires_grad_() if self.first else self.embed(inputs)
+        return self.head(checkpoint(self.inner, inputs, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_reentrant_checkpoints_are_refused(first: bool) -> None:
+    """After the first layer `autograd.grad` raises; from the first layer on it misses parameters without a word."""
+    assert findings_of(lambda: Checkpointed(first, False), squared_error, pictures()).warnings == ()
+    with pytest.raises(ValueError, match=r"autograd.grad does not find the gradient.*Pass use_reentrant=False"):
+        findings_of(lambda: Checkpointed(first, True), squared_error, pictures())
+
+
+def test_backward_is_tried_without_a_trace() -> None:
+    """Neither `.grad`, nor what happens when one is accumulated, also of tensors that are no parameters."""
+    outside, called = torch.ones((), dtype=F64, requires_grad=True), []
+    outside.grad = torch.tensor(7.0, dtype=F64)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return outside * squared_error(model, batch)
+
+    model = made(Fused)
+    model.first.weight.grad = gradient = torch.ones_like(model.first.weight)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(called.append)
+    with objective_of(model, loss_fn, pictures()) as objective:
+        preflight(objective, 8)
+    assert not called
+    assert model.first.weight.grad is gradient and bool((gradient == 1).all()) and model.second.weight.grad is None
+    assert float(outside.grad) == 7
+    squared_error(model, collated(pictures(), range(4))).backward()
+    assert len(called) == 4
+
+
 # ---- second derivatives ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("loss_fn", [squared_error, cross_entropy])
-@pytest.mark.parametrize("net", [mlp, cnn, layer_norm, batch_norm, Attention, Tied])
+@pytest.mark.parametrize("net", [mlp, cnn, layer_norm, batch_norm, Attention, Tied, Tempered])
 def test_sound_networks_raise_no_complaint(net: Any, loss_fn: LossFn, dtype: torch.dtype) -> None:
     findings = findings_of(net, loss_fn, pictures(dtype=dtype), dtype)
     assert findings.warnings == () and not findings.differences

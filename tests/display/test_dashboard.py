@@ -18,7 +18,7 @@ KNOWN = {*tags.DESCRIPTIONS, *(end for tag in tags.WITH_INTERVAL for end in tags
 
 
 def charts() -> Iterator[layout_pb2.Chart]:
-    for category in layout().category:
+    for category in layout(predictions=True).category:
         yield from category.chart
 
 
@@ -31,7 +31,7 @@ def test_the_first_question_stands_alone_and_costs_are_folded() -> None:
 
 
 def test_no_category_has_two_margin_charts() -> None:  # TensorBoard would show them in reverse
-    for category in layout().category:
+    for category in layout(predictions=True).category:
         assert sum(chart.HasField("margin") for chart in category.chart) <= 1
 
 
@@ -81,8 +81,11 @@ def test_the_guide_explains_every_chart_and_tag_and_holds_the_notes(
     events.Reload()
     (event,) = events.Tensors(f"{tags.GUIDE}/text_summary")
     text = event.tensor_proto.string_val[0].decode()
-    for part in (*(chart.title for chart in charts()), *tags.DESCRIPTIONS, "random subset of 8,192 of 50,000 samples"):
+    titles = [chart.title for category in layout().category for chart in category.chart]
+    shown = [tag for tag in tags.DESCRIPTIONS if tag.startswith(("sharpness/", "cost/"))]
+    for part in (*titles, *shown, "random subset of 8,192 of 50,000 samples"):
         assert part in text
+    assert "prediction/" not in text
     assert events.Histograms(tags.LAMBDA_MAX)[0].histogram_value.num == 41
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.figures import Curve, sharpness_figure
+from lightning_eoss.display.figures import Curve, prediction_figure, sharpness_figure
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.collections")
 Curves = dict[str, Curve]
 
 
@@ -76,3 +77,74 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "lightning_eoss\[plot\]"'):
         sharpness_figure({})
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------
+
+MODELS = (tags.PREDICTION_SUBSPACE, tags.PREDICTION_WIGNER, tags.PREDICTION_MARCHENKO_PASTUR)
+
+
+def predicted(curves: Curves, *models: str, factor: float = 1.0) -> Curves:
+    """MiniBS, and every fifth measurement a prediction of it, trusted at every second one."""
+    found = {tag: curves[tag] for tag in (tags.MINI_BS, *tags.interval(tags.MINI_BS))}
+    steps, values = (list(each[::5]) for each in curves[tags.MINI_BS])
+    for tag in models:
+        lower, upper = tags.interval(tag)
+        found[tag] = (steps, [factor * value for value in values])
+        found[lower] = (steps, [0.9 * factor * value for value in values])
+        found[upper] = (steps, [1.1 * factor * value for value in values])
+        found[tags.trusted(tag)] = (steps, [float(index % 2 == 0) for index in range(len(steps))])
+    return found
+
+
+def test_predictions_are_drawn_with_their_bands_and_hollow_where_not_trusted(curves: Curves) -> None:
+    figure = prediction_figure(predicted(curves, *MODELS), title="A run")
+    (axes,) = figure.axes
+    assert labels(figure) == {
+        "MiniBS, measured",
+        "outlier subspace",
+        "Wigner (Theorem 4)",
+        "Marchenko-Pastur (Theorem 7)",
+        "hollow: not to be trusted",
+    }
+    dots = [each for each in axes.collections if isinstance(each, matplotlib.collections.PathCollection)]
+    assert (len(dots), len(axes.collections)) == (3, 7)  # four bands
+    white = [tuple(face) == (1, 1, 1, 1) for face in dots[0].get_facecolors()]  # type: ignore[attr-defined]
+    assert white == [index % 2 == 1 for index in range(len(white))]
+    assert figure.get_suptitle() == "A run"
+
+
+def test_predictions_that_were_not_logged_are_left_out(curves: Curves) -> None:
+    assert labels(prediction_figure(predicted(curves, tags.PREDICTION_WIGNER))) == {
+        "MiniBS, measured",
+        "Wigner (Theorem 4)",
+        "hollow: not to be trusted",
+    }
+    assert labels(prediction_figure({tags.MINI_BS: curves[tags.MINI_BS]})) == {"MiniBS, measured"}
+
+
+def test_a_flag_without_a_prediction_draws_nothing_and_confuses_no_other(curves: Curves) -> None:
+    """An undefined prediction writes its flag and no value."""
+    some = predicted(curves, tags.PREDICTION_SUBSPACE)
+    for tag in (tags.PREDICTION_SUBSPACE, *tags.interval(tags.PREDICTION_SUBSPACE)):
+        some[tag] = tuple(list(each[1::2]) for each in some[tag])  # type: ignore[assignment]
+    (axes,) = prediction_figure(some).axes
+    assert all(tuple(face) == (1, 1, 1, 1) for face in axes.collections[-1].get_facecolors())  # type: ignore[attr-defined]
+
+
+def test_a_wild_prediction_does_not_flatten_the_rest_and_its_label_says_so(curves: Curves) -> None:
+    figure = prediction_figure(predicted(curves, tags.PREDICTION_MARCHENKO_PASTUR, factor=50.0))
+    assert figure.axes[0].get_ylim()[1] < 12
+    assert "Marchenko-Pastur (Theorem 7), in part above the picture" in labels(figure)
+
+
+def test_predictions_without_a_measurement_are_all_in_the_picture(curves: Curves) -> None:
+    some = predicted(curves, tags.PREDICTION_SUBSPACE)
+    some = {tag: curve for tag, curve in some.items() if tag.startswith("prediction")}
+    assert prediction_figure(some).axes[0].get_ylim()[1] >= max(some[tags.PREDICTION_SUBSPACE][1])
+
+
+def test_the_picture_of_predictions_is_1200_pixels_wide(curves: Curves, tmp_path: Path) -> None:
+    prediction_figure(predicted(curves, *MODELS)).savefig(tmp_path / "predictions.png")
+    header = (tmp_path / "predictions.png").read_bytes()[16:24]
+    assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (1200, 660)

@@ -1,5 +1,6 @@
 """What a Trainer is asked, and what is refused, cautioned or said about it."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -196,6 +198,28 @@ def test_no_more_batches_are_kept_than_asked_for(tmp_path: Path) -> None:
     assert watch.history[0]["sharpness/batch_size"] == 4
 
 
+class Pairs(Regressor):
+    """Its batches hold those of two loaders."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch["a"]) + super().loss(batch["b"])
+
+
+def pairs() -> CombinedLoader:
+    return CombinedLoader({"a": loader(shuffle=True), "b": loader(samples(24, seed=1))}, "min_size")
+
+
+def test_combined_loaders_yield_more_than_batches(tmp_path: Path) -> None:
+    watch = monitor(dataloader=pairs(), rel_error=0.01)
+    listed = monitor(dataloader=[batch for batch, _, _ in iter(pairs())], rel_error=0.01)
+    seeded()
+    module = Pairs()
+    for name, each in (("watch", watch), ("listed", listed)):
+        fit(tmp_path / name, copy.deepcopy(module), pairs(), each, max_steps=1)
+        assert each.history[0]["sharpness/batch_size"] == 4
+    assert watch.history[0]["sharpness/FullBS"] == pytest.approx(listed.history[0]["sharpness/FullBS"], rel=1e-3)
+
+
 @pytest.mark.parametrize("data", [lambda: loader(Stream()), lambda: [loader(), loader()]])
 def test_data_of_its_own_serves_where_training_cannot_be_read_again(data: Any, tmp_path: Path) -> None:
     class Module(Regressor):
@@ -262,6 +286,34 @@ def test_a_step_is_measured_once(tmp_path: Path) -> None:
     assert trainer.global_step == len(watch.history) == 4
 
 
+class AnyArguments(Regressor):
+    def training_step(self, *args: Any) -> Any:
+        batch, _ = args
+        return self.loss(batch)
+
+
+class Keyword(Regressor):
+    def training_step(self, batch: Any, *, flag: bool = False) -> Any:
+        assert flag is False
+        return self.loss(batch)
+
+
+class OtherName(Regressor):
+    def training_step(self, batch: Any, number: int) -> Any:
+        assert number == 0
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("module", [AnyArguments, Keyword, OtherName])
+def test_training_step_gets_what_lightning_gives_it(module: Any, tmp_path: Path) -> None:
+    watches = [monitor(), monitor()]
+    for kind, watch in zip((Regressor, module), watches, strict=True):
+        seeded()
+        fit(tmp_path / kind.__name__, kind(), loader(), watch, max_steps=1)
+    expected, found = (watch.history[0]["sharpness/FullBS"] for watch in watches)
+    assert found == expected
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +322,16 @@ def test_a_step_that_cannot_be_repeated_is_refused(module: Any, tmp_path: Path) 
     message = {"Manual": "automatic_optimization=False", "Iterating": r"training_step\(dataloader_iter\)"}
     with pytest.raises(MisconfigurationException, match=rf"{message[module.__name__]}(.|\n)*Pass loss_fn="):
         fit(tmp_path, module(), loader(), monitor())
+
+
+def test_what_several_optimizers_mean_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"all trainable parameters.*several optimizers.*no threshold"):
+        fit(tmp_path, Manual(), loader(), monitor())
+
+
+def test_a_loss_of_a_batch_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"loss_fn=<function .*> must take \(module, batch\) and return the loss"):
+        fit(tmp_path, Regressor(), loader(), monitor(loss_fn=lambda batch: batch))
 
 
 def test_nothing_trained_is_refused(tmp_path: Path) -> None:
@@ -339,6 +401,70 @@ def test_data_that_cannot_be_read_again_is_refused(data: Any, what: str, tmp_pat
 def test_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"dataloader=\[\], which has no batches"):
         fit(tmp_path, Regressor(), loader(), monitor(dataloader=[]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        5,
+        "batches",
+        lambda: loader(),
+        samples(),
+        Stream(),
+        ALL,
+        samples().tensors,
+        {"train": loader()},
+        iter(loader()),
+        (batch for batch in loader()),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_what_yields_no_batches_or_only_once_is_refused(data: Any) -> None:
+    with pytest.raises(TypeError, match=rf"must be a DataLoader, a list.*, not {type(data).__name__}. Of a data set"):
+        monitor(dataloader=data)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [list(samples()), [(torch.zeros(3, 8, 8), 1)], [{"inputs": torch.zeros(4), "label": torch.tensor(1)}], [(0.5, 1)]],
+)
+def test_a_list_of_samples_is_refused(entries: Any) -> None:
+    with pytest.raises(TypeError, match=r"is a sample, not a batch.*DataLoader\(samples, batch_size=...\)"):
+        monitor(dataloader=entries)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [list(loader()), [ALL[:4], ALL[4:8]], [[[ALL[:4], ALL[:4]], [ALL[:8], ALL[:8]]]], [{"words": "a b"}]],
+    ids=["pairs", "tensors", "two loaders", "no tensors"],
+)
+def test_a_list_of_batches_is_not(batches: Any) -> None:
+    monitor(dataloader=batches)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_train_steps": "10"}, "every_n_train_steps='10' must be a whole number, got str"),
+        ({"every_n_train_steps": 2.0}, "every_n_train_steps=2.0 must be a whole number, got float"),
+        ({"every_n_train_steps": True}, "every_n_train_steps=True must be a whole number, got bool"),
+        ({"overhead": "0.05"}, "overhead='0.05' must be a number, got str"),
+        ({"max_seconds": "60"}, "max_seconds='60' must be a number, got str"),
+        ({"max_seconds": None}, "max_seconds=None must be a number, got NoneType"),
+        ({"rel_error": "a"}, "rel_error='a' must be a number, got str"),
+        ({"num_batches": 10.0}, "num_batches=10.0 must be a whole number, got float"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SharpnessMonitor(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    watch = monitor(np.int64(2), num_batches=np.int64(4), seed=np.int64(1), max_seconds=np.float32(60))
+    fit(tmp_path, Regressor(), loader(), watch)
+    assert len(watch.history) == 6
+    SharpnessMonitor(overhead=np.float64(0.1), max_seconds=float("inf"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""`SpectralDensityMonitor`: the whole spectrum of a running training's Hessian, and of one of its batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
+from lightning_eoss.curvature.measure import check_arguments
+from lightning_eoss.curvature.objective import Objective
+from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.solver import Plan
+from lightning_eoss.curvature.spectrum import Spectra, check_spectrum, spectra
+from lightning_eoss.display.spectrum import spectrum_scalars, write_spectrum
+from lightning_eoss.training.agenda import Agenda
+from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen
+from lightning_eoss.training.schedule import check_schedule
+from lightning_eoss.training.watch import Watch, now
+
+
+class SpectralDensityMonitor(Callback):
+    r"""Shows, while a model trains, the spectral density of the full batch's Hessian and that of one batch's.
+
+    Not one bit of training is changed. Scalars (`spectrum/...`: rank, share of zeros, negative mass, trace, the largest
+    and smallest eigenvalues of both) go to every logger; TensorBoard also gets a figure, where matplotlib is installed.
+
+    Cost: `num_probes` times `steps` passes over the data each time, a product being about 1.4 gradients.
+
+    Args:
+        every_n_train_steps: Measure before every n-th optimizer step.
+        overhead: Measure as often as this share of the wall time allows. At most one of the two; neither means 0.05.
+        max_seconds: Upper limit of one measurement: the full batch is cut to a subset that fits, once and said.
+        steps: Nodes of each probe's quadrature.
+        num_probes: Random probes; one gives no intervals.
+        augmented_passes: How often each sample is loaded anew: more than once for the Hessian of the augmented data.
+        batch_size: Samples of the batch; None: training's.
+        full_batch_samples: The full batch is a fixed random subset of this size; None: all samples.
+        mode: ``"as_trained"``, or ``"eval"`` for layers (BatchNorm, dropout) in the mode in which they are used later.
+        loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`, where that cannot be evaluated
+            twice.
+        dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches.
+        seed: Fixes all random numbers of the monitor.
+        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place.
+        outputs_fn: ``outputs_fn(pl_module, batch) -> (outputs, criterion)`` for ``"ggn"``, see `SharpnessMonitor`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: At `setup`, if the training cannot be monitored.
+
+    Example:
+        >>> SpectralDensityMonitor(every_n_train_steps=500).steps
+        60
+
+    Source: Granziol, Zohren and Roberts, sections 7 and 12, appendices D and E.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        overhead: float | None = None,
+        max_seconds: float = 60.0,
+        steps: int = 60,
+        num_probes: int = 2,
+        augmented_passes: int = 1,
+        batch_size: int | None = None,
+        full_batch_samples: int | None = 8192,
+        mode: Literal["as_trained", "eval"] = "as_trained",
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        dataloader: Iterable[Any] | None = None,
+        seed: int = 0,
+        operator: Kind = "hessian",
+        outputs_fn: OutputsFn | None = None,
+    ) -> None:
+        check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
+        check_schedule(every_n_train_steps, overhead, max_seconds)
+        check_spectrum(steps, num_probes, augmented_passes)
+        check_operator(operator, outputs_fn)
+        if mode not in ("as_trained", "eval"):
+            raise ValueError(f"mode={mode!r} is unknown: use 'as_trained' or 'eval'.")
+        self.steps = steps
+        self.num_probes = num_probes
+        self.augmented_passes = augmented_passes
+        self.batch_size = batch_size
+        self.full_batch_samples = full_batch_samples
+        self.mode = mode
+        self.max_seconds = max_seconds
+        self.seed = seed
+        self.operator = operator
+        self.outputs_fn = outputs_fn
+        share = 0.05 if every_n_train_steps is None and overhead is None else overhead
+        self._agenda = Agenda(("density",), every_n_train_steps, share)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples)
+        self._findings: Findings | None = None
+        self._plan: Plan | None = None
+        self.last: Spectra | None = None  # what was measured last
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
+        return self._watch.history
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
+        if stage == "fit":
+            refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
+            self._findings = self._plan = self._watch.data = None
+            self._agenda.forget()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock."""
+        refuse_frozen(pl_module, type(self).__name__)
+        self._watch.begin()
+        self._agenda.begin()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measures before the step, where it is time."""
+        if not self._due(trainer):
+            return
+        arrived = now(pl_module)  # what the device is still doing is training's
+        try:
+            with self._watch.forgiving(first=self._plan is None):
+                self._measure(trainer, pl_module, batch_idx)
+        finally:
+            self._agenda.tried(trainer.global_step)
+            self._watch.spent += now(pl_module) - arrived
+
+    def _due(self, trainer: Any) -> bool:
+        """Whether it is time."""
+        return bool(self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed))
+
+    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Measures and shows it."""
+        with self._watch.objective(trainer, pl_module, batch_idx, evaluating=self.mode == "eval") as (objective, _):
+            if self._plan is None:
+                self._prepare(trainer, objective)
+                if self._plan is None or not self._due(trainer):
+                    return
+            assert self._findings is not None
+            self.last = spectra(
+                objective,
+                self._plan,
+                self._findings,
+                steps=self.steps,
+                num_probes=self.num_probes,
+                augmented_passes=self.augmented_passes,
+                stream=trainer.global_step,
+                curvature=curvature_of(self.operator, self.outputs_fn, objective),
+            )
+        self._agenda.charge("density", self.last.seconds)
+        step = self._watch.publish(trainer, spectrum_scalars(self.last))
+        for logger in trainer.loggers:
+            write_spectrum(getattr(logger, "experiment", None), self.last, step)
+
+    def _prepare(self, trainer: Any, objective: Objective) -> None:
+        """Finds out what the loss allows and what a measurement costs, and says so."""
+        data = self._watch.data
+        assert data is not None
+        size = self.batch_size or data.batch_size
+        parts = 1 if self.batch_size else max(1, min(effective_parts(trainer), data.source.num_samples // size))
+        findings = preflight(objective, size, parts=parts, seed=self.seed)
+        for warning in findings.warnings:
+            self._watch.say(warning)
+        if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
+            return
+        passes = self.steps * self.num_probes * self.augmented_passes
+        full = min(self.full_batch_samples or data.source.num_samples, data.source.num_samples)
+        pass_seconds = passes * findings.seconds / (size * parts)  # for each sample of the full batch
+        kept = max(size * parts, min(full, int(self.max_seconds / pass_seconds)))
+        self._findings = findings
+        self._plan = Plan(size, parts, full_batch_samples=kept, seed=self.seed)
+        self._agenda.expect({"density": kept * pass_seconds})
+        what = f"spectral densities of {kept:,} of {data.source.num_samples:,} samples and of a batch of {size * parts}"
+        self._watch.announce([what, f"{passes} passes, about {kept * pass_seconds:.2g} s"])
