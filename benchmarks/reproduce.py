@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from benchmarks import edge_on_digits, solver, stacking
+from benchmarks import edge_on_digits, random_matrix, solver, stacking
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +27,10 @@ def main() -> None:
 ## Solver: what a warm start costs and misses
 
 {solver.table()}
+
+## Predictions: MiniBS measured, and the relative error of each model (? where it is not to be trusted, as it says)
+
+{random_matrix.table()}
 
 ## Stacking: a product with ten mini-batches
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_eoss import __version__
-from lightning_eoss.display.figures import sharpness_figure
+from lightning_eoss.display import dashboard
+from lightning_eoss.display.figures import prediction_figure, sharpness_figure
 from lightning_eoss.display.summary import read_curves, summary_table, verdict
 
 
@@ -105,12 +106,16 @@ def _report(logdir: Path, name: str | None, out: Path) -> None:
     print(summary_table(runs[name]))
     print(f"\n{verdict(runs[name])}\n")
     _require("matplotlib", extra="plot")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sharpness_figure(runs[name]).savefig(out)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--out {out}: {error}") from None
-    print(f"Picture:     {out}")
+    pictures = {"Picture": (out, sharpness_figure)}
+    if dashboard.PREDICTION_SUBSPACE in runs[name]:
+        pictures["Predictions"] = (out.with_name(f"{out.stem}_predictions{out.suffix}"), prediction_figure)
+    for title, (path, figure) in pictures.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure(runs[name]).savefig(path)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--out {path}: {error}") from None
+        print(f"{title + ':':<13}{path}")
 
 
 def _require(*modules: str, extra: str) -> None:

@@ -47,6 +47,18 @@ def test_report_tabulates_judges_and_draws(tmp_path: Path, capsys: pytest.Captur
     assert is_picture(tmp_path / "new" / "picture.png")
 
 
+def test_report_draws_predictions_where_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    main(["report", str(tmp_path), "--out", str(tmp_path / "plain.png")])
+    assert not (tmp_path / "plain_predictions.png").exists()
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for tag in (tags.PREDICTION_SUBSPACE, *tags.interval(tags.PREDICTION_SUBSPACE)):
+            writer.add_scalar(tag, 2.2, 1)
+    main(["report", str(tmp_path), "--out", str(tmp_path / "picture.png")])
+    assert f"Predictions: {tmp_path / 'picture_predictions.png'}" in capsys.readouterr().out
+    assert is_picture(tmp_path / "picture_predictions.png")
+
+
 def test_report_takes_the_latest_run_or_the_one_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, ratio, time in (("old", 0.25, 1e9), ("new", 0.5, 2e9)):
         write_run(tmp_path / name, [ratio])

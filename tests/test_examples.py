@@ -8,15 +8,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+DRAWN = ROOT / "examples" / "random_matrix.py"
+TRAINED = sorted(set((ROOT / "examples").glob("*.py")) - {DRAWN})
+PICTURES = {
+    "figure_1_simulated",
+    "figure_6_spectrum_start",
+    "figure_6_spectrum_end",
+    "figure_7_gauss_newton_end",
+    "figure_9_along_training",
+    "gap_against_batch_size",
+    "figure_17_kernel",
+}
+
+
+def run(script: Path, *options: str, directory: Path) -> str:
+    """What it prints in a directory."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", TRAINED, ids=lambda path: path.stem)
 def test_example_runs(script, tmp_path):
     """Runs it in an empty directory."""
-    command = [sys.executable, str(script), "--max-steps", "20"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run(script, "--max-steps", "20", directory=tmp_path)
     assert any(tmp_path.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn(tmp_path):
+    """All of them, in more colours than a blank page has, and each with its sentence."""
+    image = pytest.importorskip("matplotlib.image")
+    printed = run(DRAWN, "--quick", "--out", "pictures", directory=tmp_path)
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.png")} == PICTURES
+    for name in PICTURES:
+        pixels = image.imread(tmp_path / "pictures" / f"{name}.png")
+        ink = (pixels[..., :3] < 0.95).any(axis=-1)
+        assert ink.mean() > 0.01
+        assert ink.any(axis=1).mean() > 0.5  # the drawing fills the page
+        assert f"{name}.png\n    " in printed
+    assert "nan" not in printed.replace("\n", " ").split()

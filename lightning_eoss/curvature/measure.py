@@ -215,7 +215,7 @@ def standalone(
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
     source = DatasetSource(dataset, collate_fn, transfer)
-    with isolated(model, [dataset, collate_fn]) as isolation:
+    with isolated(model, [dataset, collate_fn, loss_fn]) as isolation:
         objective = Objective(model, lambda batch: loss_fn(model, batch), source, isolation)
         findings = preflight(objective, batch_size, seed=seed)
         for warning in findings.warnings:

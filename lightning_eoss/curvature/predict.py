@@ -36,7 +36,7 @@ from lightning_eoss.theory.statistics import Estimate, scaled, shifted
 
 DENSITY_STEPS, DENSITY_PROBES = 24, 3  # of the bulk, for its trace and rank
 VARIANCE_PROBES, VARIANCE_GROUPS = 10, 16
-_ALIKE = 2.0  # times, up to which a model's fluctuation along the top eigenvector counts as the measured one
+_ALIKE = 1.5  # times, up to which a model's fluctuation along the top eigenvector counts as the measured one
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # batch sizes relative to the middle one, that the curve goes through
 
 
@@ -90,7 +90,7 @@ def predict_sharpness(
 
     Three models, each with an interval and a flag that says whether to trust it: the spiked Wigner matrix (Theorem 4),
     the Marchenko-Pastur law (Theorem 7, corrected) and the outlier subspace. The first two are trusted where the
-    fluctuation along the top eigenvector that they assume is within a factor of 2 of the measured one. On networks it
+    fluctuation along the top eigenvector that they assume is within a factor of 1.5 of the measured one. On networks it
     is some twenty times larger, and only the subspace comes close.
 
     Cost: some 40 passes for ten eigenvectors, 72 for rank and bulk, 6 for the tail, and 10 products with each single
@@ -329,7 +329,7 @@ def _critical_batch_size(subspace: OutlierSubspace, top: Eigenvalue, middle: int
     """Where MiniBS is twice FullBS, on the curve through the subspace's predictions; NaN where none is trusted."""
     sizes = sorted({round(middle * each) for each in _CURVE})
     sizes = [each for each in sizes if subspace.group_size <= each < subspace.dataset_size]
-    found = [(each, predict_from_subspace(subspace, each, draws=100, seed=seed)) for each in sizes]
+    found = [(each, predict_from_subspace(subspace, each, draws=60, seed=seed)) for each in sizes]
     good = [(each, prediction.estimate) for each, prediction in found if prediction.trusted]
     if len(good) < 2:
         return Estimate(math.nan, math.nan, math.nan, math.nan)

@@ -101,8 +101,9 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
     """Draws MiniBS as measured against what each model makes of the full batch.
 
     Lines are means, bands 95 % intervals. A hollow point is a prediction that says itself that it is not to be trusted
-    at that step. What was not logged is left out. A prediction more than three times the measured values may lie above
-    the picture, which its label then says.
+    at that step. What was not logged is left out; where limits differ between parameters, edge ratios stand for
+    sharpness. A prediction more than three times the measured values may lie above the picture, which its label then
+    says.
 
     Args:
         curves: Steps and values of each tag, as `read_curves` returns them for one run with predictions.
@@ -119,11 +120,13 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
         >>> figure.axes[0].get_ylabel()
         'sharpness'
     """
+    in_limits = tags.MINI_BS not in curves and tags.EDGE_RATIO in curves
+    measured = tags.EDGE_RATIO if in_limits else tags.MINI_BS
     with blank(8, 4.4, title) as figure:
         axes = figure.subplots()
-        _draw(axes, curves, tags.MINI_BS, BLUE, "MiniBS, measured")
+        _draw(axes, curves, measured, BLUE, "MiniBS, measured")
         limit, doubted = math.inf, False
-        if tags.MINI_BS in curves and axes.get_ylim()[1] > 0:
+        if measured in curves and axes.get_ylim()[1] > 0:
             limit = 3 * axes.get_ylim()[1]
         for tag, (color, label) in _MODELS.items():
             if tag not in curves:
@@ -132,7 +135,7 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
             flags = dict(zip(*curves.get(tags.trusted(tag), ((), ())), strict=True))
             faces = [color if flags.get(step, True) else "white" for step in steps]
             doubted = doubted or "white" in faces
-            above = ", in part above the picture" if max(values) > limit else ""
+            above = ", in part above the picture" if max(values, default=0) > limit else ""
             _draw(axes, curves, tag, color, f"{label}{above}", lw=1.3)
             axes.scatter(steps, values, s=28, facecolors=faces, edgecolors=color, zorder=3)
         if doubted:
@@ -140,7 +143,7 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(bottom, 0), min(top, limit))
         axes.set_xlabel("step")
-        axes.set_ylabel("sharpness")
+        axes.set_ylabel("edge ratio" if in_limits else "sharpness")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure
 

@@ -71,9 +71,10 @@ def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":
             edge = float(wigner_edge(variance, **given))
             axes.axvline(-edge, color=GREY, ls="--", lw=1.2)
             axes.axvline(edge, color=GREY, ls="--", lw=1.2, label="edges of pure batch noise (Wigner)")
-            ends = [float(spectra.full.nodes.max()), float(spectra.full.nodes.min())]
+            smallest, largest = float(spectra.full.nodes.min()), float(spectra.full.nodes.max())
+            ends = [largest, smallest] if smallest < -edge / 2 else [largest]  # others are nothing but noise
             moved = [float(wigner_outlier(each, variance, **given)) for each in ends]
-            axes.plot(moved, [3e-1] * 2, "v", color=INK, ms=7, label="predicted for a batch (Theorem 4)")
+            axes.plot(moved, [3e-1] * len(moved), "v", color=INK, ms=7, label="predicted for a batch (Theorem 4)")
         axes.set_yscale("log")
         axes.set_ylim(_FAINTEST, 2)
         axes.set_xlabel("eigenvalue")

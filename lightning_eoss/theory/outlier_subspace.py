@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float64]
 
 _MOST_TAIL = 0.5  # share of a prediction that may come from outside the subspace
 _MOST_DOUBT = 0.1  # that may hang on the samples' own curvature there
-_RESAMPLES, _FEW = 20, 64  # of the groups, and simulated batches for each
+_RESAMPLES = 20  # of the groups
 _BISECTIONS = 10  # the bracket is a tenth of the value or so
 
 
@@ -120,7 +120,10 @@ def predict_from_subspace(
     bare, lower, full = _simulated(subspace, batch_size, u, draws, rng)
     variance = float(full.var(ddof=1)) / draws
     if not subspace.complete:
-        means = [_simulated(subspace.resampled(rng), batch_size, u, _FEW, rng)[2].mean() for _ in range(_RESAMPLES)]
+        means = [
+            _simulated(subspace.resampled(rng), batch_size, u, max(draws // 8, 2), rng)[2].mean()
+            for _ in range(_RESAMPLES)
+        ]
         variance += float(np.var(means, ddof=1))
     mean, stderr, doubt = float(full.mean()), float(np.sqrt(variance)), float((full - lower).mean())
     tail_share = 1 - float(bare.mean()) / mean if mean > 0 else 1.0

@@ -145,7 +145,7 @@ def _is_sample(entry: Any) -> bool:
 
 
 def cautions(trainer: Any, pl_module: nn.Module) -> list[str]:
-    """Why 2/lr may not be where this training becomes unstable.
+    """Why 2/lr may not be where this training becomes unstable, or not what is seen.
 
     Args:
         trainer: The Trainer.
@@ -158,7 +158,7 @@ def cautions(trainer: Any, pl_module: nn.Module) -> list[str]:
     if trainer.gradient_clip_val:
         found.append(f"gradient_clip_val={trainer.gradient_clip_val} shortens steps")
     for hook in ("optimizer_step", "configure_gradient_clipping"):
-        if not getattr(type(pl_module), hook).__module__.startswith(("lightning.", "pytorch_lightning.")):
+        if _overridden(pl_module, hook):
             found.append(f"{hook} is overridden")
     for optimizer in trainer.optimizers:
         if (
@@ -167,7 +167,18 @@ def cautions(trainer: Any, pl_module: nn.Module) -> list[str]:
             or hasattr(optimizer, "base_optimizer")
         ):
             found.append(f"{type(optimizer).__name__} steps on a gradient from elsewhere")
-    return [f"{reason}, so the stability limit of plain steps need not be this run's." for reason in found]
+    sentences = [f"{reason}, so the stability limit of plain steps need not be this run's." for reason in found]
+    if _overridden(pl_module, "on_train_batch_start"):
+        sentences.append(
+            "the module's on_train_batch_start runs after the monitor's: what it sets for the step that comes (a "
+            "learning rate, a factor of the loss) is seen one step late. Set it in on_train_batch_end."
+        )
+    return sentences
+
+
+def _overridden(pl_module: nn.Module, hook: str) -> bool:
+    """Whether a module has a hook of its own."""
+    return not getattr(type(pl_module), hook).__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 # ---- its loss --------------------------------------------------------------------------------------------------------

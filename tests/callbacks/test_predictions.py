@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ def regressor() -> Regressor:
 @pytest.mark.parametrize("case", CASES)
 def test_with_everything_on_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
     _, alone = run(case, tmp_path / "alone")
-    watch, density = monitor(1, predictions=True), spectrum()
+    watch, density = monitor(4, predictions=True), spectrum()
     _, watched = run(case, tmp_path / "watched", watch, density)
     assert_same(watched, alone)
     assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
@@ -51,12 +52,11 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     """Every fifth measurement; the same numbers as without a Trainer."""
     kept = {}
 
-    class Keep(Regressor):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            kept[self.trainer.global_step] = {name: each.clone() for name, each in self.net.state_dict().items()}
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            kept[trainer.global_step] = {name: each.clone() for name, each in pl_module.net.state_dict().items()}
 
-    seeded()
-    fit(tmp_path, Keep().double(), loader(doubles(), 6), monitor(1, predictions=True), max_epochs=3)
+    fit(tmp_path, regressor(), loader(doubles(), 6), Keep(), monitor(1, predictions=True), max_epochs=3)
     shown = points(tmp_path)
     for tag in (*MODELS, *NUMBERS):
         assert list(shown[tag]) == [0, 5, 10], tag

@@ -48,6 +48,14 @@ def curves() -> Curves:
         curves[tag] = (steps[::2].tolist(), (full[::2] / divisor).tolist())
     batch_steps = np.arange(0, 4001, 10)
     batch = np.interp(batch_steps, steps, mini) * np.exp(0.15 * generator.standard_normal(len(batch_steps)))
+    for tag, factor in ((tags.PREDICTION_SUBSPACE, 0.98), (tags.PREDICTION_WIGNER, 0.7)):
+        predicted, seldom = factor * mini[::5], steps[::5].tolist()
+        curves[tag] = (seldom, predicted.tolist())
+        for end, sign in zip(tags.interval(tag), (-1, 1), strict=True):
+            curves[end] = (seldom, (predicted + 0.1 * sign).tolist())
+    for end in (tags.PREDICTION_MARCHENKO_PASTUR, *tags.interval(tags.PREDICTION_MARCHENKO_PASTUR)):
+        curves[end] = (steps[::5].tolist(), (1.5 * mini[::5]).tolist())
+    curves[tags.PREDICTION_CRITICAL_BATCH_SIZE] = (steps[::5].tolist(), (8 + rise[::5]).tolist())
     curves[tags.CURRENT_BATCH] = (batch_steps.tolist(), batch.tolist())
     return curves
 
@@ -56,10 +64,11 @@ def curves() -> Curves:
 def write_run(curves: Curves) -> Callable[..., None]:
     """Writes those curves, the layout, the guide and a histogram into a directory of event files."""
 
-    def write(logdir: Path, without: Container[str] = ()) -> None:
+    def write(logdir: Path, without: Container[str] = (), *, predictions: bool = False) -> None:
         with SummaryWriter(str(logdir)) as writer:
-            tags.write_layout(writer)
-            tags.write_guide(writer, ["FullBS: fixed random subset of 8,192 of 50,000 samples"])
+            tags.write_layout(writer, predictions=predictions)
+            notes = ["FullBS: fixed random subset of 8,192 of 50,000 samples"]
+            tags.write_guide(writer, notes, predictions=predictions)
             for tag, (steps, values) in curves.items():
                 for step, value in zip(steps, values, strict=True) if tag not in without else ():
                     writer.add_scalar(tag, value, step)

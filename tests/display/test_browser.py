@@ -160,10 +160,11 @@ def open_dashboard(tmp_path: Path) -> Iterator[Callable[[], Page]]:
 def test_every_chart_shows_its_curves(
     open_dashboard: Callable[[], Page], write_run: Callable[..., None], curves: Mapping[str, Curve], tmp_path: Path
 ) -> None:
-    write_run(tmp_path / "runs" / "digits")
+    write_run(tmp_path / "runs" / "digits", predictions=True)
     page = open_dashboard()
-    charts = [chart for category in layout().category for chart in category.chart]
-    opened = sum(len(category.chart) for category in layout().category if not category.closed)
+    categories = layout(predictions=True).category
+    charts = [chart for category in categories for chart in category.chart]
+    opened = sum(len(category.chart) for category in categories if not category.closed)
     shown = page.charts(lambda shown: len(shown) == opened and all(chart["points"] for chart in shown.values()))
     assert len(shown) == opened
 

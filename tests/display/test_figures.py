@@ -148,3 +148,16 @@ def test_the_picture_of_predictions_is_1200_pixels_wide(curves: Curves, tmp_path
     prediction_figure(predicted(curves, *MODELS)).savefig(tmp_path / "predictions.png")
     header = (tmp_path / "predictions.png").read_bytes()[16:24]
     assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (1200, 660)
+
+
+def test_predictions_in_units_of_the_limits_stand_beside_the_edge_ratio(curves: Curves) -> None:
+    """Where the optimizer has no scalar threshold, MiniBS is measured and predicted in units of its limits."""
+    some = predicted(curves, tags.PREDICTION_SUBSPACE)
+    ends = zip(
+        (tags.MINI_BS, *tags.interval(tags.MINI_BS)), (tags.EDGE_RATIO, *tags.interval(tags.EDGE_RATIO)), strict=True
+    )
+    for plain, ratio in ends:
+        some[ratio] = some.pop(plain)
+    (axes,) = prediction_figure(some).axes
+    assert axes.get_ylabel() == "edge ratio"
+    assert "MiniBS, measured" in {line.get_label() for line in axes.lines}

@@ -540,6 +540,11 @@ class Summed(Regressor):
         return super().loss(batch) * len(batch[0]) / 10
 
 
+class Late(Regressor):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().param_groups[0]["lr"] = 0.01
+
+
 def ours(warned: pytest.WarningsRecorder) -> list[str]:
     """The warnings of the monitor."""
     return [str(each.message) for each in warned if "SharpnessMonitor" in str(each.message)]
@@ -552,6 +557,7 @@ def ours(warned: pytest.WarningsRecorder) -> list[str]:
         (Overridden, {}, "optimizer_step is overridden, so the stability limit"),
         (Aware, {}, "SAMLike steps on a gradient from elsewhere, so the stability limit"),
         (Summed, {}, "The loss is a sum over the batch"),
+        (Late, {}, "the module's on_train_batch_start runs after the monitor's"),
     ],
 )
 def test_cautions_come_once(module: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
