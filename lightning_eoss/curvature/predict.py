@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.measure import Eigenvalue, check_arguments, check_batch_size, standalone, top_eigenvalue
+from lightning_eoss.curvature.measure import (
+    Eigenvalue,
+    check_arguments,
+    check_batch_size,
+    standalone,
+    top_eigenvalue,
+    whole,
+)
 from lightning_eoss.curvature.objective import Objective, derived_seed, full_batch
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator, Scaling
 from lightning_eoss.curvature.preflight import Findings
@@ -80,6 +87,7 @@ def predict_sharpness(
     *,
     batch_sizes: Sequence[int],
     num_groups: int | None = None,
+    num_outliers: int = NUM_OUTLIERS,
     full_batch_samples: int | None = 8192,
     seed: int = 0,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
@@ -103,6 +111,7 @@ def predict_sharpness(
         dataset: A map-style data set or a sequence of samples.
         batch_sizes: Samples b, any number of them.
         num_groups: Single samples that the subspace is built from; None: all.
+        num_outliers: Dimensions k of the subspace.
         full_batch_samples: The full batch is a fixed random subset of this size; None: all samples.
         seed: Fixes all random numbers.
         collate_fn: As a DataLoader's.
@@ -128,13 +137,16 @@ def predict_sharpness(
     Source: Granziol, Zohren and Roberts, Theorems 4, 7 and 10, with the corrections named in `theory.random_matrix`.
     """
     check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
+    whole("num_outliers", num_outliers)
+    if num_outliers < 1:
+        raise ValueError(f"num_outliers={num_outliers} must be at least 1: the subspace needs a direction.")
     for batch_size in batch_sizes:
         check_batch_size(batch_size, len(dataset))
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=min(batch_sizes), seed=seed) as (objective, found):
         plan = Plan(min(batch_sizes), full_batch_samples=full_batch_samples, seed=seed)
         curvature = curvature_of(operator, outputs_fn, objective)
         given: dict[str, Any] = {"batch_sizes": batch_sizes, "num_groups": num_groups, "curvature": curvature}
-        return predict(objective, plan, found, WarmStart(), **given)
+        return predict(objective, plan, found, WarmStart(), num_outliers=num_outliers, **given)
 
 
 def predict(
@@ -146,6 +158,7 @@ def predict(
     batch_sizes: Sequence[int],
     group_size: int = 1,
     num_groups: int | None = None,
+    num_outliers: int = NUM_OUTLIERS,
     stream: int = 0,
     scaling: Scaling | None = None,
     curvature: Curvature = HESSIAN,
@@ -161,6 +174,7 @@ def predict(
         group_size: Samples that go through the network together where single ones would be too dear; smaller batches
             cannot be predicted.
         num_groups: Groups that the subspace is built from; None: all there are.
+        num_outliers: Dimensions k of the subspace.
         stream: Number of this measurement; with the plan's seed it fixes all random numbers.
         scaling: The coordinates; None: plain ones.
         curvature: The Hessian or the Gauss-Newton matrix.
@@ -182,7 +196,7 @@ def predict(
     population = objective.source.num_samples
     chunks = full_batch(objective.source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
     counted = _Counted(solver.operator([chunks]))
-    values, vectors, top = _outliers(solver, counted.matvec, warm)
+    values, vectors, top = _outliers(solver, counted.matvec, warm, num_outliers)
     density = _bulk(solver, counted.matvec, vectors)
     subspace = outlier_subspace(
         solver, counted.matvec, values, vectors, group_size=group_size, num_groups=num_groups, stream=stream
@@ -231,11 +245,11 @@ class _Counted:
         return torch.cat([self.operator.matvec(vector[None]) for vector in vectors])
 
 
-def _outliers(solver: Solver, operator: Matvec, warm: WarmStart) -> tuple[Tensor, Tensor, Eigenvalue]:
+def _outliers(solver: Solver, operator: Matvec, warm: WarmStart, count: int) -> tuple[Tensor, Tensor, Eigenvalue]:
     """(k,) largest eigenvalues with (k, P) vectors, as many as exist; and the first with its error."""
     start = warm.mixed(solver.random_starts(1))
     steps = max(30, min(100, int(solver.plan.memory_bytes / solver.vector_bytes)))
-    options: dict[str, Any] = {"k": NUM_OUTLIERS, "vectors": True, "max_steps": steps, "min_steps": 3}
+    options: dict[str, Any] = {"k": count, "vectors": True, "max_steps": steps, "min_steps": 3}
     result = lanczos(operator, start, tol=solver.plan.solver_tol, generator=solver.generator, **options)
     assert result.vectors is not None
     known = torch.isfinite(result.values[0])

@@ -7,7 +7,6 @@ under double differentiation, so symmetry and one finite difference are checked 
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -115,13 +114,12 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         The findings.
 
     Raises:
-        ValueError: If the loss is no scalar, if evaluating it changes the parameters, or if its gradient cannot be had
-            without `backward`.
+        ValueError: If the loss is no scalar, or if its gradient cannot be had without `backward`.
     """
-    kind = _untouched(objective, lambda: reduction(objective, seed=seed))
+    kind = reduction(objective, seed=seed)
     size = min(batch_size, _FEW) if kind == "mean" else batch_size
     (part,) = next(random_batches(objective.source, size, seed=seed))
-    graph = _untouched(objective, lambda: _whole_graph(objective, part))
+    graph = _whole_graph(objective, part)
     if not bool(torch.isfinite(graph.loss)):
         return Findings(kind, False, False, 0.0, 0.0, (_NOT_FINITE,))
     if not graph.depends:
@@ -141,24 +139,6 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         seconds=float(_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size),
         warnings=(*warnings, *([complaint] if complaint else [])),
     )
-
-
-def _untouched(objective: Objective, evaluate: Callable[[], T]) -> T:
-    """Calls a function that must not change the parameters; puts them back and raises where it does."""
-    originals = [parameter.detach().clone() for parameter in objective.parameters]
-    result = evaluate()
-    changed = False
-    for parameter, original in zip(objective.parameters, originals, strict=True):
-        if not torch.allclose(parameter.detach(), original, rtol=0.0, atol=0.0, equal_nan=True):
-            parameter.data.copy_(original)
-            changed = True
-    if changed:
-        raise ValueError(
-            "Evaluating the loss changed the parameters in place (an optimizer step or a clamp inside training_step?), "
-            "so a measurement would change training. Pass loss_fn=, a function of (module, batch) that returns the "
-            "loss and changes nothing."
-        )
-    return result
 
 
 def _whole_graph(objective: Objective, part: Part) -> Graph:

@@ -147,6 +147,10 @@ class SpectralDensity:
     def rank(self, tol: float | None = None) -> Estimate:
         """How many eigenvalues are not zero: P minus the zeros of :meth:`mass_at_origin`, so a bound from below.
 
+        For the Hessian of a feed-forward network the paper bounds the rank by four times the outputs times the sum of
+        all widths. That holds for one sample. N samples reach N times (twice the hidden widths plus the outputs), soon
+        all of P; ``tests/linalg/test_density.py`` has counterexamples to print and the derivation.
+
         Args:
             tol: What counts as zero, relative to the largest absolute node (default as there).
 

@@ -179,6 +179,17 @@ def test_bad_batch_sizes_are_refused() -> None:
             predict_sharpness(made(mlp), squared_error, pictures(20), batch_sizes=[size])
 
 
+def test_more_outliers_leave_less_outside() -> None:
+    data, model = pictures(30), made(mlp)
+    few, many = (predict_sharpness(model, cross_entropy, data, batch_sizes=[4], num_outliers=k) for k in (1, 25))
+    hessians = dense_hessians(model, cross_entropy, data)
+    measured = np.mean([top(hessians[chosen].mean(0)) for chosen in drawn(30, 4, 400)])
+    errors = [abs(each.subspace[0].estimate.mean / measured - 1) for each in (few, many)]
+    assert errors[1] < errors[0] and errors[1] < 0.03
+    with pytest.raises(ValueError, match="num_outliers=0 must be at least 1"):
+        predict_sharpness(model, cross_entropy, data, batch_sizes=[4], num_outliers=0)
+
+
 def test_few_parameters_have_few_outliers() -> None:
     """Three parameters: the whole space is the subspace, and the prediction is a mean over all batches."""
     matrices = goe(6, 3, 2.0, seed=4)
