@@ -1,5 +1,6 @@
 """`SharpnessMonitor`: when to measure the sharpness of a running training, and where to show it."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -46,7 +47,7 @@ from lightning_eoss.training.probe import (
     steps_now,
 )
 from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import Watch, now
+from lightning_eoss.training.watch import UNPAID, Watch, now
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
 QUANTITIES = ("current", "mini", "full", "prediction")
@@ -184,12 +185,7 @@ class SharpnessMonitor(Callback):
         if stage != "fit":
             return
         refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
-        twins = [other for other in trainer.callbacks if isinstance(other, SharpnessMonitor)]
-        if len(twins) > 1 and self is twins[-1]:
-            self._watch.say(
-                f"there are {len(twins)} of them in this Trainer, and all write the same tags: points of one step "
-                "overwrite each other. Leave one, and measure other batch sizes with measure_sharpness."
-            )
+        self._watch.count_twins(trainer, self)
         self._findings = self._plan = self._watch.data = None
         self._agenda.forget()
         self._drawn = False
@@ -205,10 +201,7 @@ class SharpnessMonitor(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Says so where the schedule came to nothing."""
         if self._plan is not None and not self._shown:
-            self._watch.say(
-                "training ended before the first measurement could be paid for. Raise overhead, or measure at fixed "
-                "steps with every_n_train_steps."
-            )
+            self._watch.say(UNPAID)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
@@ -274,7 +267,7 @@ class SharpnessMonitor(Callback):
             plan = replace(self._plan, parts=self._parts(trainer))
             if self.overhead is not None and not self._agenda.ledgers["mini"].count:
                 plan = replace(plan, num_batches=min(plan.num_batches, FIRST_BATCHES))
-            curvature = curvature_of(self.operator, self.outputs_fn, objective)
+            curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
             batches = None
             if self._watch.data.sampler is not None and "mini" in self._due:
                 isolation.reseed(derived_seed(self.seed, 4, step))
@@ -295,8 +288,9 @@ class SharpnessMonitor(Callback):
                 curvature=curvature,
             )
             prediction = None
-            if "prediction" in self._due:
-                prediction = self._predicted(objective, plan, scaling, curvature, step)
+            if "prediction" in self._due and math.isfinite(measurement.full_batch.value):
+                with self._watch.forgiving(first=False):  # what was measured is not lost with it
+                    prediction = self._predicted(objective, plan, scaling, curvature, step)
         return _Seen(measurement, prediction, limits, scaling is not None)
 
     def _predicted(
@@ -334,6 +328,7 @@ class SharpnessMonitor(Callback):
             self._watch.say(warning)
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
+        findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
         self._findings = findings
         plan = Plan(batch_size, parts, self.rel_error, self.num_batches, self.full_batch_samples, self.seed)
         self._plan, costs, cut = affordable(plan, findings, num_samples, self.max_seconds)
@@ -341,13 +336,15 @@ class SharpnessMonitor(Callback):
             self._watch.say(cut)
         if not current:
             costs.pop("current")
-        if self.predictions and findings.reduction != "mean":
+        if self.predictions and (findings.reduction != "mean" or self._watch.data.sampler is not None):
             self._watch.say(
-                "the loss of a batch is no mean over its samples (BatchNorm in train mode, dropout, class weights), so "
-                "nothing follows from the full batch for batches: no predictions."
+                "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, "
+                "class weights, fewer than three samples), or the sampler is not uniform: nothing follows from the "
+                "full batch for batches, so there are no predictions."
             )
         elif self.predictions:
-            costs["prediction"] = predictable(self._plan, findings, num_samples, self.max_seconds)[3]
+            smaller, _, groups, costs["prediction"] = predictable(self._plan, findings, num_samples, self.max_seconds)
+            drawn = f"{smaller.full_batch_samples:,} samples and {groups:,} groups of them"
         self._agenda.expect({**costs, "mini": costs["mini" if self.overhead is None else "first"]})
         every, share = self.every_n_train_steps, self.overhead
         seconds = sum(costs[quantity] for quantity in self._agenda.ledgers)
@@ -356,6 +353,8 @@ class SharpnessMonitor(Callback):
             often = len(self._agenda.ledgers) * costs["mini"] / share
             schedule = f"{100 * share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
         self._notes = described(self._plan, findings, num_samples, objective.num_parameters, seconds, schedule)
+        if "prediction" in costs:
+            self._notes.append(f"predictions from {drawn} take about {costs['prediction']:.2g} s")
         if self._watch.data.sampler is not None:
             self._notes.append(
                 "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, "

@@ -1,13 +1,14 @@
 """`SpectralDensityMonitor`: the whole spectrum of a running training's Hessian, and of one of its batches."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.measure import check_arguments
+from lightning_eoss.curvature.measure import check_arguments, check_batch_size, check_loss_fn, whole
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan
@@ -16,7 +17,7 @@ from lightning_eoss.display.spectrum import spectrum_scalars, write_spectrum
 from lightning_eoss.training.agenda import Agenda
 from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen
 from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import Watch, now
+from lightning_eoss.training.watch import UNPAID, Watch, now
 
 
 class SpectralDensityMonitor(Callback):
@@ -61,7 +62,7 @@ class SpectralDensityMonitor(Callback):
         overhead: float | None = None,
         max_seconds: float = 60.0,
         steps: int = 60,
-        num_probes: int = 2,
+        num_probes: int = 4,
         augmented_passes: int = 1,
         batch_size: int | None = None,
         full_batch_samples: int | None = 8192,
@@ -76,6 +77,12 @@ class SpectralDensityMonitor(Callback):
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_spectrum(steps, num_probes, augmented_passes)
         check_operator(operator, outputs_fn)
+        if batch_size is not None:
+            whole("batch_size", batch_size)
+            if batch_size < 1:
+                raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
+        if loss_fn is not None:
+            check_loss_fn(loss_fn)
         if mode not in ("as_trained", "eval"):
             raise ValueError(f"mode={mode!r} is unknown: use 'as_trained' or 'eval'.")
         self.steps = steps
@@ -103,6 +110,7 @@ class SpectralDensityMonitor(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
         if stage == "fit":
+            self._watch.count_twins(trainer, self)
             refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
             self._findings = self._plan = self._watch.data = None
             self._agenda.forget()
@@ -112,6 +120,11 @@ class SpectralDensityMonitor(Callback):
         refuse_frozen(pl_module, type(self).__name__)
         self._watch.begin()
         self._agenda.begin()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says so where the schedule came to nothing."""
+        if self._plan is not None and self.last is None:
+            self._watch.say(UNPAID)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
@@ -136,28 +149,38 @@ class SpectralDensityMonitor(Callback):
                 self._prepare(trainer, objective)
                 if self._plan is None or not self._due(trainer):
                     return
-            assert self._findings is not None
+            assert self._findings is not None and self._watch.data is not None
+            size, parts = self._step_size(trainer)
             self.last = spectra(
                 objective,
-                self._plan,
+                replace(self._plan, batch_size=size, parts=parts),
                 self._findings,
                 steps=self.steps,
                 num_probes=self.num_probes,
                 augmented_passes=self.augmented_passes,
                 stream=trainer.global_step,
-                curvature=curvature_of(self.operator, self.outputs_fn, objective),
+                curvature=curvature_of(self.operator, self.outputs_fn, objective, size),
             )
         self._agenda.charge("density", self.last.seconds)
         step = self._watch.publish(trainer, spectrum_scalars(self.last))
         for logger in trainer.loggers:
             write_spectrum(getattr(logger, "experiment", None), self.last, step)
 
+    def _step_size(self, trainer: Any) -> tuple[int, int]:
+        """Samples of a loader batch as it is now, and how many of them a step has."""
+        data = self._watch.data
+        assert data is not None
+        if self.batch_size is not None:
+            return self.batch_size, 1
+        there = data.source.num_samples // data.batch_size
+        return data.batch_size, max(1, min(effective_parts(trainer), there))
+
     def _prepare(self, trainer: Any, objective: Objective) -> None:
         """Finds out what the loss allows and what a measurement costs, and says so."""
         data = self._watch.data
         assert data is not None
-        size = self.batch_size or data.batch_size
-        parts = 1 if self.batch_size else max(1, min(effective_parts(trainer), data.source.num_samples // size))
+        size, parts = self._step_size(trainer)
+        check_batch_size(size * parts, data.source.num_samples)
         findings = preflight(objective, size, parts=parts, seed=self.seed)
         for warning in findings.warnings:
             self._watch.say(warning)
@@ -171,4 +194,16 @@ class SpectralDensityMonitor(Callback):
         self._plan = Plan(size, parts, full_batch_samples=kept, seed=self.seed)
         self._agenda.expect({"density": kept * pass_seconds})
         what = f"spectral densities of {kept:,} of {data.source.num_samples:,} samples and of a batch of {size * parts}"
-        self._watch.announce([what, f"{passes} passes, about {kept * pass_seconds:.2g} s"])
+        notes = [what, f"{passes} passes, about {kept * pass_seconds:.2g} s"]
+        if data.sampler is not None:
+            notes.append("the sampler is not uniform, the batch is")
+        self._watch.announce(notes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history and what measurements cost."""
+        return {"history": self.history, "ledgers": self._agenda.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the saved monitor stood."""
+        self._watch.history = list(state_dict["history"])
+        self._agenda.load_state_dict(state_dict["ledgers"])

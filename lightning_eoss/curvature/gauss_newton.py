@@ -24,7 +24,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.objective import Batch, Objective, Part, random_batches, scalar, split
+from lightning_eoss.curvature.objective import (
+    Batch,
+    BatchListSource,
+    Objective,
+    Part,
+    random_batches,
+    scalar,
+    split,
+)
 from lightning_eoss.curvature.operators import (
     HESSIAN,
     Curvature,
@@ -122,6 +130,8 @@ def check_outputs(objective: Objective, outputs_fn: OutputsFn, part: Part) -> No
         TypeError: If `outputs_fn` does not return a tensor and a function.
     """
     loss = gradient_graph(objective, part, create_graph=False)
+    if not bool(torch.isfinite(loss.loss)):
+        return  # nothing can be compared, and nothing will be shown of such batches
     criterion = _linearised(outputs_fn, objective, part, create_graph=False)
     tolerance = min(1e-3, 100 * float(torch.finfo(loss.gradient.dtype).eps) ** 0.5)
     pairs = ((loss.loss, criterion.loss), (loss.gradient, criterion.gradient))
@@ -208,13 +218,14 @@ def check_operator(operator: str, outputs_fn: object) -> None:
         raise TypeError(f"outputs_fn={outputs_fn!r} cannot be called: pass {_EXAMPLE}.")
 
 
-def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Objective) -> Curvature:
+def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Objective, batch_size: int) -> Curvature:
     """The matrix that an operator's name stands for.
 
     Args:
         operator: `"hessian"` or `"ggn"`.
         outputs_fn: Names the outputs for `"ggn"`; None: they are discovered.
-        objective: The loss. For `"ggn"` its outputs are checked on its first samples.
+        objective: The loss. For `"ggn"` its outputs are checked on a batch; one sample tells no mean from a sum.
+        batch_size: Samples of that batch.
 
     Returns:
         The curvature.
@@ -226,7 +237,10 @@ def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Object
     if operator == "hessian":
         return HESSIAN
     found = outputs_fn or discovered_outputs(objective.loss)
-    check_outputs(objective, found, next(random_batches(objective.source, 1, seed=0))[0])
+    size = min(max(batch_size, 2), objective.source.num_samples)
+    if isinstance(objective.source, BatchListSource):
+        size = 1  # each is a batch
+    check_outputs(objective, found, next(random_batches(objective.source, size, seed=0))[0])
     return gauss_newton(found)
 
 

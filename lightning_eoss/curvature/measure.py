@@ -166,7 +166,7 @@ def measure_sharpness(
     )
     plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol)
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
-        curvature = curvature_of(operator, outputs_fn, objective)
+        curvature = curvature_of(operator, outputs_fn, objective, batch_size)
         return measure(objective, plan, findings, WarmStart(), curvature=curvature)[0]
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ _UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 class Spectra:
     """Spectral densities at one point of training, by stochastic Lanczos quadrature."""
 
-    full: SpectralDensity  # of the full batch
-    batch: SpectralDensity  # of one random mini-batch
+    full: SpectralDensity = field(repr=False)  # of the full batch
+    batch: SpectralDensity = field(repr=False)  # of one random mini-batch
     variance: Estimate  # P sigma^2 between samples; NaN where the loss is no mean over them
     batch_size: int  # samples of the mini-batch
     num_samples: int  # samples of the full batch
@@ -43,7 +43,7 @@ def measure_spectra(
     *,
     batch_size: int,
     steps: int = 60,
-    num_probes: int = 2,
+    num_probes: int = 4,
     augmented_passes: int = 1,
     full_batch_samples: int | None = 8192,
     seed: int = 0,
@@ -94,7 +94,7 @@ def measure_spectra(
     check_spectrum(steps, num_probes, augmented_passes)
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
         plan = Plan(batch_size, full_batch_samples=full_batch_samples, seed=seed)
-        curvature = curvature_of(operator, outputs_fn, objective)
+        curvature = curvature_of(operator, outputs_fn, objective, batch_size)
         given: dict[str, Any] = {"steps": steps, "num_probes": num_probes, "augmented_passes": augmented_passes}
         return spectra(objective, plan, findings, curvature=curvature, **given)
 

@@ -11,7 +11,7 @@ from lightning_eoss.linalg.density import spectral_density
 from lightning_eoss.linalg.lanczos import Matvec
 from lightning_eoss.theory.outlier_subspace import OutlierSubspace
 
-TAIL_STEPS = 6  # products with the full batch that tell where in the spectrum the leakage goes
+TAIL_STEPS = 4  # products with the full batch that tell where in the spectrum the leakage goes
 
 
 def outlier_subspace(

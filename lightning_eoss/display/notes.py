@@ -20,7 +20,7 @@ def notes(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits,
         found.append(f"no threshold, edge ratio or phase is shown: {limits.reason}.")
     elif in_limits:
         found.append(
-            "the stability limits differ between parameters, so edge ratios are measured in units of them; "
+            "the stability limits differ between parameters, so edge ratios and predictions are in units of them; "
             "sharpness and threshold, which would be in other units, are not shown."
         )
     if measurement.dropped and not measurement.mini_batch.values:  # often the first sign of divergence

@@ -1,6 +1,7 @@
 """A spectrum as flat floats and as a picture."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_eoss.curvature.spectrum import Spectra
@@ -8,6 +9,7 @@ from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.figures import BLUE, GREY, INK, VERMILLION, blank
 from lightning_eoss.display.scalars import finite, with_interval
 from lightning_eoss.theory.random_matrix import wigner_edge, wigner_outlier
+from lightning_eoss.theory.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,10 +29,10 @@ def spectrum_scalars(spectra: Spectra) -> dict[str, float]:
     full, batch = spectra.full, spectra.batch
     values = {
         **with_interval(tags.SPECTRUM_TRACE, full.trace),
-        **with_interval(tags.SPECTRUM_RANK, full.rank()),
-        **with_interval(tags.SPECTRUM_ZEROS, full.mass_at_origin()),
-        **with_interval(tags.SPECTRUM_NEGATIVE, full.negative_mass()),
-        **with_interval(tags.SPECTRUM_BATCH_NEGATIVE, batch.negative_mass()),
+        **with_interval(tags.SPECTRUM_RANK, _clipped(full.rank(), full.dim)),
+        **with_interval(tags.SPECTRUM_ZEROS, _clipped(full.mass_at_origin(), 1)),
+        **with_interval(tags.SPECTRUM_NEGATIVE, _clipped(full.negative_mass(), 1)),
+        **with_interval(tags.SPECTRUM_BATCH_NEGATIVE, _clipped(batch.negative_mass(), 1)),
         tags.SPECTRUM_LARGEST: float(full.nodes.max()),
         tags.SPECTRUM_SMALLEST: float(full.nodes.min()),
         tags.SPECTRUM_BATCH_LARGEST: float(batch.nodes.max()),
@@ -38,6 +40,11 @@ def spectrum_scalars(spectra: Spectra) -> dict[str, float]:
         tags.SPECTRUM_SECONDS: spectra.seconds,
     }
     return finite(values)
+
+
+def _clipped(estimate: Estimate, most: float) -> Estimate:
+    """The interval within what is possible."""
+    return replace(estimate, lower=max(estimate.lower, 0.0), upper=min(estimate.upper, float(most)))
 
 
 def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":

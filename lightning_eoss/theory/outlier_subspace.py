@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 _MOST_TAIL = 0.5  # share of a prediction that may come from outside the subspace
 _MOST_DOUBT = 0.1  # that may hang on the samples' own curvature there
 _RESAMPLES = 20  # of the groups
-_BISECTIONS = 10  # the bracket is a tenth of the value or so
+_BISECTIONS = 6  # of a bracket that is a tenth of the value or so
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,8 @@ def predict_from_subspace(
     replacement around the full batch, with fluctuations scaled to the variance of true batches, and the groups are
     resampled for the interval.
 
-    Cost: no product; some `draws` times ten eigenvalues of k x k matrices.
+    Cost: no product; some 16 `draws` eigenvalues of k x k matrices and as many resolvents of all n groups, .3 s for
+    n = 1,024 on a CPU.
 
     Args:
         subspace: What `curvature.subspace.outlier_subspace` found.

@@ -9,9 +9,10 @@ COLD_PRODUCTS = 20  # of a value from scratch
 WARM_PRODUCTS = 6  # of a mini-batch, the directional one included
 USUAL_BATCHES = 40
 FIRST_BATCHES = 10  # under a share of wall time: better a wide interval soon than a narrow one late
-PREDICTION_PASSES = 120  # with the full batch: outliers 40, bulk 72, tail 6
+PREDICTION_PASSES = 120  # with the full batch: outliers 40, bulk 72, tail 4
 GROUP_PRODUCTS = 11  # with each group of samples
 MIN_GROUPS, MAX_GROUPS = 16, 1024
+SIMULATION_SECONDS = 1.0  # of batches made of that many groups, on a CPU
 
 
 def affordable(
@@ -106,9 +107,10 @@ def predictable(plan: Plan, findings: Findings, num_samples: int, max_seconds: f
     product, half = findings.seconds, max_seconds / 2
     full = min(plan.full_batch_samples or num_samples, num_samples)
     passes = PREDICTION_PASSES * product / plan.step_size  # seconds for each sample of the full batch
-    kept = max(min(full, int(half / passes)), min(full, plan.step_size))
+    kept = max(min(full, int(half / passes)), min(full, 4 * plan.step_size))
     size = 1 if findings.stacked else max(1, plan.step_size // 8)
     group = GROUP_PRODUCTS * product * (size / plan.step_size if findings.stacked else 0.5)
     groups = max(MIN_GROUPS, min(MAX_GROUPS, int(half / group)))
     groups = min(groups, num_samples // size)
-    return replace(plan, full_batch_samples=kept), size, groups, passes * kept + group * groups
+    seconds = passes * kept + group * groups + SIMULATION_SECONDS * groups / MAX_GROUPS
+    return replace(plan, full_batch_samples=kept), size, groups, seconds

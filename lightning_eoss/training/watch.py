@@ -22,6 +22,10 @@ from lightning_eoss.training.probe import (
 )
 from lightning_eoss.training.quiet import quiet
 
+UNPAID = (
+    "training ended before the first measurement could be paid for. Raise overhead, or measure at fixed steps with "
+    "every_n_train_steps."
+)
 HISTORY = 10_000  # entries, above which the older half is thinned
 
 
@@ -112,6 +116,20 @@ class Watch:
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         return step
 
+    def count_twins(self, trainer: Any, monitor: Any) -> None:
+        """Warns where several monitors of one kind write the same tags.
+
+        Args:
+            trainer: The Trainer, whose callbacks are known.
+            monitor: The one that asks; the last of them speaks.
+        """
+        twins = [other for other in trainer.callbacks if type(other) is type(monitor)]
+        if len(twins) > 1 and monitor is twins[-1]:
+            self.say(
+                f"there are {len(twins)} of them in this Trainer, and all write the same tags: points of one step "
+                "overwrite each other. Leave one, and measure other batch sizes without a Trainer."
+            )
+
     @contextmanager
     def forgiving(self, *, first: bool) -> Iterator[None]:
         """Lets a measurement fail without ending training, unless it is the first.
@@ -125,8 +143,8 @@ class Watch:
             if first:
                 error.add_note(
                     f"{self.name} met this at its first measurement. Where training_step cannot be evaluated once "
-                    "more, pass loss_fn=, a function of (pl_module, batch) that returns the loss; without the callback "
-                    "training is what it was."
+                    "more, pass loss_fn=, a function of (pl_module, batch) that returns the loss (for operator='ggn' "
+                    "outputs_fn=); without the callback training is what it was."
                 )
                 raise
             self.say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")

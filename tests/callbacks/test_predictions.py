@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_eoss import SharpnessMonitor, SpectralDensityMonitor
+from lightning_eoss.callbacks import sharpness
 from lightning_eoss.curvature.measure import measure_sharpness
 from lightning_eoss.curvature.predict import predict_sharpness
 from lightning_eoss.display import dashboard as tags
@@ -44,7 +45,7 @@ def test_with_everything_on_a_watched_run_is_the_same_run(case: Any, tmp_path: P
     assert_same(watched, alone)
     assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
     assert len(density.history) >= 1
-    if watch._findings.reduction == "mean":
+    if watch._findings.reduction == "mean" and watch._watch.data.sampler is None:
         assert all(len(points(tmp_path / "watched")[tag]) >= 1 for tag in (*MODELS, *NUMBERS))
 
 
@@ -73,11 +74,37 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_mean_is_not_predicted(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
-    with pytest.warns(UserWarning, match="no mean over its samples.*no predictions") as warned:
+    with pytest.warns(UserWarning, match="not found to be a mean over its samples.*no predictions") as warned:
         fit(tmp_path, Regressor(net), loader(), monitor(1, predictions=True))
     assert len([each for each in warned if "no predictions" in str(each.message)]) == 1
     assert not [tag for tag in points(tmp_path) if tag.startswith("prediction/")]
     assert points(tmp_path)[tags.MINI_BS]
+
+
+def test_batches_that_are_not_uniform_are_not_predicted(tmp_path: Path) -> None:
+    seeded()
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 23 + [50.0], 24)
+    with pytest.warns(UserWarning, match="the sampler is not uniform: .*no predictions"):
+        fit(tmp_path, Regressor(), loader(sampler=sampler), monitor(1, predictions=True))
+    assert not [tag for tag in points(tmp_path) if tag.startswith("prediction/")]
+
+
+def test_a_prediction_that_fails_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharpness, "predict", lambda *_, **__: 1 / 0)
+    with pytest.warns(UserWarning, match="a measurement failed and is left out.*ZeroDivisionError"):
+        fit(tmp_path, Regressor(), loader(), monitor(1, predictions=True))
+    assert len(points(tmp_path)[tags.MINI_BS]) == 12
+
+
+def test_a_loss_that_becomes_nan_is_not_predicted(tmp_path: Path) -> None:
+    class Diverging(Regressor):
+        def loss(self, batch: Any) -> Any:
+            return super().loss(batch) * (torch.nan if self.trainer.global_step >= 5 else 1.0)
+
+    seeded()
+    with pytest.warns(UserWarning, match="the loss is not finite"):
+        fit(tmp_path, Diverging(), loader(), monitor(1, predictions=True))
+    assert list(points(tmp_path)[tags.PREDICTION_SUBSPACE]) == [0]
 
 
 def test_predictions_are_paid_for_from_the_same_budget(tmp_path: Path) -> None:
@@ -207,9 +234,17 @@ def test_augmented_passes_approach_the_true_hessian(tmp_path: Path) -> None:
 
 def test_a_share_of_wall_time_pays_for_the_spectrum(tmp_path: Path) -> None:
     density = spectrum(every_n_train_steps=None, overhead=0.5)
-    fit(tmp_path, Regressor(), loader(), density, max_epochs=20)
+    fit(tmp_path, Regressor(), loader(), density, max_epochs=60)
     assert len(density.history) >= 2
     assert density._watch.spent <= 0.9 * density._watch.elapsed
+
+
+def test_a_resumed_spectrum_keeps_its_history(tmp_path: Path) -> None:
+    density = spectrum()
+    fit(tmp_path, Regressor(), loader(), density)
+    again = spectrum()
+    again.load_state_dict(density.state_dict())
+    assert again.history == density.history and len(again.history) >= 2
 
 
 @pytest.mark.parametrize(
@@ -219,6 +254,7 @@ def test_a_share_of_wall_time_pays_for_the_spectrum(tmp_path: Path) -> None:
         ({"num_probes": 0}, "num_probes=0 must be at least 1"),
         ({"augmented_passes": 0}, "augmented_passes=0 must be at least 1"),
         ({"mode": "test"}, "mode='test' is unknown"),
+        ({"batch_size": 0}, "batch_size=0 must be positive"),
         ({"every_n_train_steps": 2, "overhead": 0.1}, "are two schedules"),
     ],
 )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_eoss.curvature.gauss_newton import (
     OutputsFn,
     check_outputs,
+    curvature_of,
     discovered_outputs,
     empirical_fisher_eigenvalues,
     gauss_newton,
@@ -533,6 +534,26 @@ def test_half_precision_parameters_have_single_precision_vectors() -> None:
     expected = matrix @ vectors[0].double()
     assert float((product[0] - expected).norm() / expected.norm()) < 0.05
     assert float(values[0]) == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=0.05)
+
+
+def classes(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1].argmax(-1))
+
+
+def test_a_sum_in_place_of_a_mean_is_refused() -> None:
+    """On one sample they are the same: the check takes a batch."""
+
+    def summed(module: Any, batch: Any) -> Any:
+        return module(batch[0]), lambda outputs: F.cross_entropy(outputs, batch[1].argmax(-1), reduction="sum")
+
+    with objective_of(made(mlp), classes, DATA) as objective, pytest.raises(ValueError, match="reduction, weights"):
+        curvature_of("ggn", summed, objective, 1)
+
+
+def test_a_network_that_needs_several_samples_may_be_watched() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    with objective_of(net, classes, DATA) as objective:
+        assert curvature_of("ggn", None, objective, 4) is not None
 
 
 def test_a_diverged_loss_is_found_too() -> None:

@@ -22,7 +22,7 @@ from tests.problems import collated, dense_gradient_and_hessian, made, mlp, obje
 def solver_of(model: nn.Module, loss_fn: Any, data: Any, *, seed: int = 0, **options: Any) -> Iterator[Solver]:
     """All that products need."""
     with objective_of(model, loss_fn, data) as objective:
-        curvature = curvature_of(objective=objective, **options) if options else HESSIAN
+        curvature = curvature_of(objective=objective, batch_size=4, **options) if options else HESSIAN
         generator = torch.Generator().manual_seed(seed)
         plan = Plan(2, full_batch_samples=None, seed=seed)
         yield Solver(objective, plan, preflight(objective, 2), generator, curvature=curvature)
