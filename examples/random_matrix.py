@@ -273,7 +273,11 @@ def predicted_in_groups(model: nn.Module, data: TensorDataset, batch_size: int) 
     Their products are not stacked as those of the Hessian are, so single samples take long.
     """
     with standalone(model, cross_entropy, data, batch_size=batch_size) as (objective, findings):
-        given = {"batch_sizes": [batch_size], "group_size": 8, "curvature": curvature_of("ggn", None, objective)}
+        given = {
+            "batch_sizes": [batch_size],
+            "group_size": 8,
+            "curvature": curvature_of("ggn", None, objective, batch_size),
+        }
         return predict(objective, Plan(batch_size), findings, WarmStart(), **given)
 
 
