@@ -103,8 +103,8 @@ def predict_sharpness(
     lies in the subspace's interval or within 5 % of it. On networks that fluctuation is some twenty times larger than
     homogeneous noise has it, and only the subspace comes close.
 
-    Cost: some 40 passes for ten eigenvectors, 72 for rank and bulk, 6 for the tail, and 10 products with each single
-    sample (10 passes); the same for any number of batch sizes. To measure MiniBS at one batch size b costs about
+    Cost: some 40 passes for ten eigenvectors, 72 for rank and bulk, 4 for the tail, and 11 products with each single
+    sample (11 passes); the same for any number of batch sizes. To measure MiniBS at one batch size b costs about
     200 b / N.
 
     Args:
