@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eoss import SharpnessMonitor
 
-OURS = ("sharpness/", "prediction/", "spectrum/", "cost/")
+OURS = ("sharpness/", "prediction/", "spectrum/", "learning_rate/", "gradient_noise/", "weights/", "cost/")
 
 
 class Regressor(LightningModule):

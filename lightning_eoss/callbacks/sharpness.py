@@ -12,33 +12,27 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.isolation import noted_generators
-from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure, whole
-from lightning_eoss.curvature.objective import (
-    Batch,
-    BatchListSource,
-    Objective,
-    Part,
-    copied,
-    derived_seed,
-    num_samples_of,
-)
+from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure
+from lightning_eoss.curvature.objective import Batch, BatchListSource, Objective, derived_seed
 from lightning_eoss.curvature.operators import Curvature, Scaling, krylov_like
 from lightning_eoss.curvature.predict import SharpnessPrediction, predict
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, WarmStart
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.notes import notes
-from lightning_eoss.display.scalars import phase_point, prediction_scalars, scalars
+from lightning_eoss.display.preconditioner import write_preconditioner
+from lightning_eoss.display.scalars import prediction_scalars, raw_scalars, reading, scalars
 from lightning_eoss.metrics import MiniBatchSharpness
+from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
 from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.plan import FIRST_BATCHES, affordable, described, predictable
+from lightning_eoss.training.plan import FIRST_BATCHES, foreseen, predictable
 from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
     effective_parts,
+    limits_to_come,
     refuse,
     refuse_frozen,
     sampler_batches,
@@ -47,7 +41,8 @@ from lightning_eoss.training.probe import (
     steps_now,
 )
 from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import UNPAID, Watch, now
+from lightning_eoss.training.watch import UNPAID, Watch, categories_shown, now
+from lightning_eoss.training.window import Window
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
 QUANTITIES = ("current", "mini", "full", "prediction")
@@ -60,6 +55,7 @@ class _Seen:
     """What one look at the training showed."""
 
     measurement: SharpnessMeasurement
+    raw: SharpnessMeasurement | None  # the same in the units of the Hessian, beside one in units of the limits
     prediction: SharpnessPrediction | None
     limits: StabilityLimits | NoLimits
     in_limits: bool  # whether all is in units of the limits
@@ -96,6 +92,13 @@ class SharpnessMonitor(Callback):
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place.
         outputs_fn: ``outputs_fn(pl_module, batch) -> (outputs, criterion)``, the outputs and the loss as a function of
             them, for ``"ggn"``; None: found where the loss is one call of torch's cross entropy or squared error.
+        raw: Whether to measure the sharpness itself, too, where limits differ between parameters (adaptive optimizers,
+            groups) and all else is in units of them; doubles the cost.
+
+    Adaptive optimizers are judged by the preconditioner that their state holds. Above its limit a run need not diverge:
+    the preconditioner grows with the gradient. Nor does the threshold say all about SGD with momentum: under small
+    batches directional sharpness stops at ``2 (1 - momentum) / lr`` already (*Momentum Further Constrains Sharpness at
+    the Edge of Stochastic Stability*, arXiv 2604.14108), which is drawn beside it.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -107,6 +110,8 @@ class SharpnessMonitor(Callback):
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*.
     """
+
+    shares_batches = True
 
     def __init__(
         self,
@@ -125,18 +130,20 @@ class SharpnessMonitor(Callback):
         predictions: bool = False,
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
+        raw: bool = False,
     ) -> None:
-        check_arguments(rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed)
+        check_arguments(
+            rel_error=rel_error,
+            num_batches=num_batches,
+            full_batch_samples=full_batch_samples,
+            seed=seed,
+            batch_size=batch_size,
+            loss_fn=loss_fn,
+        )
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_operator(operator, outputs_fn)
         if precision not in ("parameters", "as_trained"):
             raise ValueError(f"precision={precision!r} is unknown: use 'parameters' (autocast off) or 'as_trained'.")
-        if batch_size is not None:
-            whole("batch_size", batch_size)
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn={loss_fn!r} must be a function of (pl_module, batch) that returns the loss.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
         self.every_n_train_steps = None if every_n_train_steps is None else int(every_n_train_steps)
         self.overhead = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self.max_seconds = max_seconds
@@ -152,13 +159,15 @@ class SharpnessMonitor(Callback):
         self.predictions = predictions
         self.operator = operator
         self.outputs_fn = outputs_fn
+        self.raw = raw
+        self.latest: Reading | None = None  # the last measurement, for whoever steers by it
 
         self._watch = Watch(
             type(self).__name__, loss_fn, dataloader, full_batch_samples, as_trained=precision == "as_trained"
         )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
-        self._warm = WarmStart()
+        self._warm = dict.fromkeys((False, True), WarmStart())  # of measurements in plain coordinates and in limits
         self._points: deque[Estimate] = deque(maxlen=5)  # directional edge ratios, for the phase
         self._agenda = Agenda(
             QUANTITIES if predictions else QUANTITIES[:-1], every_n_train_steps, self.overhead, PREDICTION_EVERY
@@ -167,16 +176,23 @@ class SharpnessMonitor(Callback):
         # What follows is of one fit.
         self._plan: Plan | None = None
         self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
-        self._window: list[Part] = []  # its loader batches
-        self._window_begins = True
+        self._put_off: frozenset[str] = frozenset()  # until an adaptive optimizer has taken its first step
+        self._window = Window()
         self._notes: list[str] = []
         self._drawn = False  # whether loggers have the dashboard
         self._shown = False  # whether anything has been measured
+        self._momentum = False  # whether small batches have a lower line
 
     @property
     def history(self) -> list[dict[str, float]]:
         """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
+
+    @property
+    def dashboard_categories(self) -> frozenset[str]:
+        """What it shows on the dashboard."""
+        more = {tags.PREDICTIONS: self.predictions, tags.MOMENTUM: self._momentum}
+        return tags.SHARPNESS | {title for title, shown in more.items() if shown}
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
@@ -188,15 +204,17 @@ class SharpnessMonitor(Callback):
         self._watch.count_twins(trainer, self)
         self._findings = self._plan = self._watch.data = None
         self._agenda.forget()
-        self._drawn = False
+        self._drawn = self._momentum = False
+        self.latest = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
         refuse_frozen(pl_module, type(self).__name__)
         self._watch.begin()
         self._agenda.begin()
-        self._window, self._window_begins = [], True
+        self._window = Window()
         self._shown = False
+        self._put_off = frozenset()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Says so where the schedule came to nothing."""
@@ -206,38 +224,37 @@ class SharpnessMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
         arrived = time.perf_counter()
-        if self._window_begins:
+        if self._window.begins:
             self._due = self._due_now(trainer)
-        self._window_begins = steps_now(trainer)
+            if self._due and limits_to_come(trainer):
+                self._put_off, self._due = self._due, frozenset()
+        self._window.begins = steps_now(trainer)
         try:
             if self._due:
                 arrived = now(pl_module)  # what the device is still doing is training's
-                self._collect(batch, effective_parts(trainer))
-                if self._window_begins:
+                self._window.collect(batch, effective_parts(trainer))
+                if self._window.begins:
                     self._measure(trainer, pl_module, batch_idx, arrived)
         finally:
+            self._watch.release(trainer, self)
             self._watch.spent += (now(pl_module) if self._due else time.perf_counter()) - arrived
-
-    def _collect(self, batch: Any, parts: int) -> None:
-        """Keeps a micro-batch: a window is measured at once, each part with the random numbers of its own pass."""
-        data = batch if parts == 1 else copied(batch)
-        self._window.append(Part(1 / parts, num_samples_of(batch), data=data, generators=noted_generators()))
 
     def _due_now(self, trainer: Any) -> frozenset[str]:
         """The quantities whose time has come."""
-        return self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed)
+        due = self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed)
+        return due if self.every_n_train_steps is None else due | (self._put_off & self._agenda.ledgers.keys())
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
     def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
         """Measures and shows it. A defect of the first measurement ends training, later ones do not."""
-        window, self._window = tuple(self._window), []
-        seen = None
+        window, seen = self._window.close(), None
         try:
             with self._watch.forgiving(first=self._plan is None):
                 seen = self._look(trainer, pl_module, window, batch_idx)
         finally:
             self._agenda.tried(trainer.global_step)
+            self._put_off = frozenset()
         if seen is None:
             return
         seconds = now(pl_module) - arrived
@@ -245,7 +262,8 @@ class SharpnessMonitor(Callback):
         for note in notes(seen.measurement, seen.limits, in_limits=seen.in_limits):
             self._watch.say(note)
         share = (self._watch.spent + seconds) / self._watch.elapsed
-        self._show(trainer, seen.measurement, self._values(seen, share=share))
+        self.latest = reading(seen.measurement, seen.limits, in_limits=seen.in_limits, step=trainer.global_step)
+        self._show(trainer, seen, self._values(seen, share=share))
 
     def _look(self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int) -> _Seen | None:
         """A measurement of the module as it is."""
@@ -260,7 +278,7 @@ class SharpnessMonitor(Callback):
                 scaling = scaling_of(limits, objective.parameters, krylov_like(objective))
             if self._plan is None:
                 # In units of the limits there is no curve for the current batch.
-                self._prepare(trainer, objective, current=scaling is None and sees_batches(pl_module))
+                self._prepare(trainer, objective, current=(scaling is None or self.raw) and sees_batches(pl_module))
                 self._due = self._due_now(trainer)
             if self._plan is None or not self._due:
                 return None
@@ -268,30 +286,38 @@ class SharpnessMonitor(Callback):
             if self.overhead is not None and not self._agenda.ledgers["mini"].count:
                 plan = replace(plan, num_batches=min(plan.num_batches, FIRST_BATCHES))
             curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
-            batches = None
-            if self._watch.data.sampler is not None and "mini" in self._due:
-                isolation.reseed(derived_seed(self.seed, 4, step))
-                seed = derived_seed(self.seed, 5, step)
-                batches = sampler_batches(self._watch.data, parts=plan.parts, count=plan.num_batches, seed=seed)
-            assert self._findings is not None
-            measurement, self._warm = measure(
-                objective,
-                plan,
-                self._findings,
-                self._warm.fitting(objective),
-                stream=step,
-                full="full" in self._due,
-                mini="mini" in self._due,
-                current=window if "current" in self._due else None,
-                batches=batches,
-                scaling=scaling,
-                curvature=curvature,
-            )
+
+            def look(current: Batch | None, scaling: Scaling | None) -> SharpnessMeasurement:
+                assert self._watch.data is not None and self._findings is not None
+                batches = None
+                if self._watch.data.sampler is not None and "mini" in self._due:
+                    isolation.reseed(derived_seed(self.seed, 4, step))
+                    seed = derived_seed(self.seed, 5, step)
+                    batches = sampler_batches(self._watch.data, parts=plan.parts, count=plan.num_batches, seed=seed)
+                measurement, self._warm[scaling is not None] = measure(
+                    objective,
+                    plan,
+                    self._findings,
+                    self._warm[scaling is not None].fitting(objective),
+                    stream=step,
+                    full="full" in self._due,
+                    mini="mini" in self._due,
+                    current=current,
+                    batches=batches,
+                    scaling=scaling,
+                    curvature=curvature,
+                )
+                return measurement
+
+            current, raw = window if "current" in self._due else None, None
+            if self.raw and scaling is not None:
+                raw, current = look(current, None), None
+            measurement = look(current, scaling)
             prediction = None
             if "prediction" in self._due and math.isfinite(measurement.full_batch.value):
                 with self._watch.forgiving(first=False):  # what was measured is not lost with it
                     prediction = self._predicted(objective, plan, scaling, curvature, step)
-        return _Seen(measurement, prediction, limits, scaling is not None)
+        return _Seen(measurement, raw, prediction, limits, scaling is not None)
 
     def _predicted(
         self, objective: Objective, plan: Plan, scaling: Scaling | None, curvature: Curvature, step: int
@@ -303,7 +329,7 @@ class SharpnessMonitor(Callback):
             objective,
             plan,
             self._findings,
-            self._warm.fitting(objective),
+            self._warm[scaling is not None].fitting(objective),
             batch_sizes=(plan.step_size,),
             group_size=size,
             num_groups=groups,
@@ -314,52 +340,35 @@ class SharpnessMonitor(Callback):
 
     def _prepare(self, trainer: Any, objective: Objective, *, current: bool) -> None:
         """Finds out what the loss allows and what a measurement costs, cuts what is too dear, and says so in a line."""
-        assert self._watch.data is not None
-        if self.batch_size is not None and isinstance(self._watch.data.source, BatchListSource):
+        data = self._watch.data
+        assert data is not None
+        if self.batch_size is not None and isinstance(data.source, BatchListSource):
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
                 "or pass a DataLoader over a map-style data set."
             )
-        num_samples, batch_size = self._watch.data.source.num_samples, self.batch_size or self._watch.data.batch_size
-        check_batch_size(batch_size, num_samples)
-        parts = self._parts(trainer)
+        batch_size, parts = self.batch_size or data.batch_size, self._parts(trainer)
+        check_batch_size(batch_size, data.source.num_samples)
         findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
         for warning in (*findings.warnings, *cautions(trainer, objective.module)):
             self._watch.say(warning)
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
-        findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
-        self._findings = findings
-        plan = Plan(batch_size, parts, self.rel_error, self.num_batches, self.full_batch_samples, self.seed)
-        self._plan, costs, cut = affordable(plan, findings, num_samples, self.max_seconds)
-        if cut:
-            self._watch.say(cut)
-        if not current:
-            costs.pop("current")
-        if self.predictions and (findings.reduction != "mean" or self._watch.data.sampler is not None):
-            self._watch.say(
-                "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, "
-                "class weights, fewer than three samples), or the sampler is not uniform: nothing follows from the "
-                "full batch for batches, so there are no predictions."
-            )
-        elif self.predictions:
-            smaller, _, groups, costs["prediction"] = predictable(self._plan, findings, num_samples, self.max_seconds)
-            drawn = f"{smaller.full_batch_samples:,} samples and {groups:,} groups of them"
-        self._agenda.expect({**costs, "mini": costs["mini" if self.overhead is None else "first"]})
-        every, share = self.every_n_train_steps, self.overhead
-        seconds = sum(costs[quantity] for quantity in self._agenda.ledgers)
-        schedule = f"every {every} steps"
-        if share is not None:
-            often = len(self._agenda.ledgers) * costs["mini"] / share
-            schedule = f"{100 * share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
-        self._notes = described(self._plan, findings, num_samples, objective.num_parameters, seconds, schedule)
-        if "prediction" in costs:
-            self._notes.append(f"predictions from {drawn} take about {costs['prediction']:.2g} s")
-        if self._watch.data.sampler is not None:
-            self._notes.append(
-                "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, "
-                "no control variate"
-            )
+        self._findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
+        prospect = foreseen(
+            Plan(batch_size, parts, self.rel_error, self.num_batches, self.full_batch_samples, self.seed),
+            self._findings,
+            self._agenda,
+            num_samples=data.source.num_samples,
+            num_parameters=objective.num_parameters,
+            max_seconds=self.max_seconds,
+            uniform=data.sampler is None,
+            current=current,
+        )
+        for warning in prospect.warnings:
+            self._watch.say(warning)
+        self._agenda.expect(prospect.costs)
+        self._plan, self._notes = prospect.plan, prospect.notes
         self._watch.announce(self._notes)
 
     def _parts(self, trainer: Any) -> int:
@@ -387,33 +396,38 @@ class SharpnessMonitor(Callback):
     def _values(self, seen: _Seen, *, share: float) -> dict[str, float]:
         """The scalars of a measurement, the phase among them."""
         values = {**scalars(seen.measurement, seen.limits, in_limits=seen.in_limits), tags.COST_SHARE: share}
+        if seen.raw is not None:
+            values |= raw_scalars(seen.raw, values)
         if seen.prediction is not None:
             values |= prediction_scalars(seen.prediction)
             values[tags.COST_SECONDS] += seen.prediction.seconds
-        point = phase_point(seen.measurement, seen.limits, in_limits=seen.in_limits)
-        if point is not None:
-            self._points.append(point)
+        if self.latest is not None and math.isfinite(self.latest.directional.mean):
+            self._points.append(self.latest.directional)
             now = phase(self._points)
             if now is not None:
                 values[tags.PHASE] = float(now)
         return values
 
-    def _show(self, trainer: Any, measurement: SharpnessMeasurement, values: dict[str, float]) -> None:
+    def _show(self, trainer: Any, seen: _Seen, values: dict[str, float]) -> None:
         """Scalars to every logger, the dashboard to those that have one, the last values to the Trainer."""
-        eigenvalues = _tensor(measurement.mini_batch.values)
+        measurement = seen.measurement
+        eigenvalues = torch.tensor(measurement.mini_batch.values, dtype=torch.float64)
         if len(eigenvalues):
             self.mini_batch_sharpness.reset()
             self.mini_batch_sharpness.control_mean = measurement.control_mean
-            self.mini_batch_sharpness.update(eigenvalues, _tensor(measurement.controls))
+            controls = torch.tensor(measurement.controls, dtype=torch.float64)
+            self.mini_batch_sharpness.update(eigenvalues, controls)
         experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
         if not self._drawn:
+            self._momentum = tags.THRESHOLD_SMALL_BATCH in values
             for experiment in experiments:
-                tags.write_layout(experiment, predictions=self.predictions)
-                tags.write_guide(experiment, self._notes, predictions=self.predictions)
+                tags.write_layout(experiment, categories_shown(trainer))
+                tags.write_guide(experiment, self._notes, categories_shown(trainer))
         step = self._watch.publish(trainer, values)
-        if len(eigenvalues):
-            for experiment in experiments:
+        for experiment in experiments:
+            if len(eigenvalues):
                 tags.write_histogram(experiment, eigenvalues, step)
+            write_preconditioner(experiment, seen.limits, step)
         self._drawn = self._shown = True
         if tags.EDGE_RATIO in values:
             trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
@@ -428,14 +442,14 @@ class SharpnessMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next measurement depends on: numbers, strings and tensors."""
-        top = self._warm.top
-        save = top is not None and (top.numel() < SMALL_MODEL if self.save_warm_start is None else self.save_warm_start)
+        largest = max(0 if warm.top is None else warm.top.numel() for warm in self._warm.values())
+        save = largest < SMALL_MODEL if self.save_warm_start is None else self.save_warm_start
         return {
             "history": self.history,
             "points": [(point.mean, point.stderr, point.lower, point.upper) for point in self._points],
             "ledgers": self._agenda.state_dict(),
             "findings": None if self._findings is None else asdict(self._findings),
-            "warm_start": {"top": top, "others": self._warm.others, "of_full": self._warm.of_full} if save else {},
+            "warm_start": {which: dict(vars(warm)) for which, warm in self._warm.items()} if save else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -444,9 +458,4 @@ class SharpnessMonitor(Callback):
         self._points = deque((Estimate(*point) for point in state_dict["points"]), maxlen=5)
         self._agenda.load_state_dict(state_dict["ledgers"])
         self._findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
-        self._warm = WarmStart(**state_dict["warm_start"])
-
-
-def _tensor(values: tuple[float, ...]) -> Tensor:
-    """Numbers as they are."""
-    return torch.tensor(values, dtype=torch.float64)
+        self._warm |= {which: WarmStart(**fields) for which, fields in state_dict["warm_start"].items()}

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.measure import check_arguments, check_batch_size, check_loss_fn, whole
+from lightning_eoss.curvature.measure import check_arguments, check_batch_size
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan
@@ -56,6 +56,8 @@ class SpectralDensityMonitor(Callback):
     Source: Granziol, Zohren and Roberts, sections 7 and 12, appendices D and E.
     """
 
+    shares_batches = True
+
     def __init__(
         self,
         every_n_train_steps: int | None = None,
@@ -73,16 +75,17 @@ class SpectralDensityMonitor(Callback):
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
     ) -> None:
-        check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
+        check_arguments(
+            rel_error=0.05,
+            num_batches=1,
+            full_batch_samples=full_batch_samples,
+            seed=seed,
+            batch_size=batch_size,
+            loss_fn=loss_fn,
+        )
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_spectrum(steps, num_probes, augmented_passes)
         check_operator(operator, outputs_fn)
-        if batch_size is not None:
-            whole("batch_size", batch_size)
-            if batch_size < 1:
-                raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
-        if loss_fn is not None:
-            check_loss_fn(loss_fn)
         if mode not in ("as_trained", "eval"):
             raise ValueError(f"mode={mode!r} is unknown: use 'as_trained' or 'eval'.")
         self.steps = steps
@@ -128,8 +131,14 @@ class SpectralDensityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
-        if not self._due(trainer):
-            return
+        try:
+            if self._due(trainer):
+                self._look(trainer, pl_module, batch_idx)
+        finally:
+            self._watch.release(trainer, self)
+
+    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Measures, and keeps account of the time."""
         arrived = now(pl_module)  # what the device is still doing is training's
         try:
             with self._watch.forgiving(first=self._plan is None):

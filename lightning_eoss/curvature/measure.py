@@ -230,8 +230,16 @@ def check_arguments(
     full_batch_samples: int | None,
     seed: int,
     tol: float | None = None,
+    batch_size: int | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
 ) -> None:
     """Refuses settings of the wrong kind and out of range."""
+    if batch_size is not None:
+        whole("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
     number("rel_error", rel_error)
     if tol is not None:
         number("tol", tol)
@@ -269,6 +277,8 @@ def number(name: str, value: object) -> None:
 
 def check_loss_fn(loss_fn: Callable[[Any, Any], Any]) -> None:
     """Refuses functions that do not take a module and a batch."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r} must be a function of (module, batch) that returns the loss.")
     try:
         inspect.signature(loss_fn).bind(None, None)
     except ValueError:  # some functions written in C have no signature

@@ -129,6 +129,34 @@ def scalar(loss: Any) -> Tensor:
 
 
 @dataclass
+class BatchCache:
+    """Batches on the device, kept for the next pass while they fit."""
+
+    limit: int = 2**30  # bytes
+    batches: dict[Part, Any] = field(default_factory=dict, repr=False)
+    held: int = 0  # bytes
+
+    def get(self, part: Part, load: Callable[[], Any]) -> Any:
+        """A part's samples, loaded where they are not there yet; never twice the same object.
+
+        Args:
+            part: Which samples, and the seed that they are loaded with.
+            load: Loads them.
+
+        Returns:
+            The batch.
+        """
+        key = replace(part, weight=1.0)
+        if key not in self.batches:
+            batch = load()
+            if self.held + num_bytes(batch) > self.limit:
+                return batch
+            self.batches[key] = batch
+            self.held += num_bytes(batch)
+        return copied(self.batches[key])
+
+
+@dataclass
 class Objective:
     """The loss of a batch at the module's present parameters, the same bits each time that it is evaluated.
 
@@ -141,11 +169,9 @@ class Objective:
     loss: Callable[[Any], Tensor]
     source: Source
     isolation: Isolation
-    cache_bytes: int = 2**30  # for transferred batches
+    cache: BatchCache = field(default_factory=BatchCache)
     owned: Collection[int] | None = None  # ids of the parameters that are trained; None: all that require a gradient
     parameters: list[nn.Parameter] = field(init=False)
-    _cache: dict[Part, Any] = field(init=False, default_factory=dict, repr=False)
-    _cached_bytes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.parameters = [
@@ -168,15 +194,12 @@ class Objective:
         """The part's samples on the device, kept for the next pass while they fit."""
         if part.data is not None:
             return copied(part.data)
-        key = replace(part, weight=1.0)
-        if key not in self._cache:
+
+        def load() -> Any:
             self.prepare(part)
-            batch = self.source.take(part.indices)
-            if self._cached_bytes + num_bytes(batch) > self.cache_bytes:
-                return batch
-            self._cache[key] = batch
-            self._cached_bytes += num_bytes(batch)
-        return copied(self._cache[key])
+            return self.source.take(part.indices)
+
+        return self.cache.get(part, load)
 
     def evaluate(self, part: Part) -> Tensor:
         """The loss of one part, with its graph.

@@ -12,7 +12,7 @@ training run can write by itself. What TensorBoard 2.21 makes of one decides its
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -27,11 +27,16 @@ DIRECTIONAL = "sharpness/directional"
 GAP = "sharpness/gap"
 BATCH_SIZE = "sharpness/batch_size"
 THRESHOLD = "sharpness/threshold"
+THRESHOLD_SMALL_BATCH = "sharpness/threshold_small_batch"
 EDGE_RATIO = "sharpness/edge_ratio"
 EDGE_RATIO_FULL_BS = "sharpness/edge_ratio_FullBS"
 EDGE_RATIO_DIRECTIONAL = "sharpness/edge_ratio_directional"
 EDGE = "sharpness/edge"
 PHASE = "sharpness/phase"
+PRECONDITIONER_SMALLEST = "sharpness/preconditioner_smallest"
+PRECONDITIONER_MEDIAN = "sharpness/preconditioner_median"
+PRECONDITIONER_LARGEST = "sharpness/preconditioner_largest"
+EPS_SHARE = "sharpness/eps_share"
 PREDICTION_SUBSPACE = "prediction/subspace"
 PREDICTION_WIGNER = "prediction/wigner"
 PREDICTION_MARCHENKO_PASTUR = "prediction/marchenko_pastur"
@@ -50,6 +55,27 @@ SPECTRUM_BATCH_LARGEST = "spectrum/batch_largest"
 SPECTRUM_BATCH_SMALLEST = "spectrum/batch_smallest"
 SPECTRUM_BATCH_NEGATIVE = "spectrum/batch_negative_mass"
 SPECTRUM_SECONDS = "spectrum/seconds"
+NOISE_TRACE = "gradient_noise/trace"
+NOISE_PREDICTED = "gradient_noise/predicted_variance"
+NOISE_MEASURED = "gradient_noise/measured_variance"
+NOISE_SCALE = "gradient_noise/scale"
+NOISE_CURVATURE_SCALE = "gradient_noise/curvature_scale"
+NOISE_NORM = "gradient_noise/gradient_norm_squared"
+NOISE_COSINE = "gradient_noise/cosine"
+NOISE_SECONDS = "gradient_noise/seconds"
+NOISE_CURVE = "gradient_noise/variance_against_batch_size"  # a figure
+WEIGHTS_DISTANCE = "weights/distance"
+WEIGHTS_ANGLE = "weights/angle"
+WEIGHTS_LOG_SLOPE = "weights/log_slope"
+WEIGHTS_LOG_R2 = "weights/log_r2"
+WEIGHTS_POWER_EXPONENT = "weights/power_exponent"
+WEIGHTS_POWER_R2 = "weights/power_r2"
+LEARNING_RATE_APPLIED = "learning_rate/applied"
+LEARNING_RATE_SUGGESTED = "learning_rate/suggested"
+LEARNING_RATE_SCALE = "learning_rate/scale"
+LEARNING_RATE_MOMENTUM = "learning_rate/momentum"
+LEARNING_RATE_LARGEST = "learning_rate/largest"
+LEARNING_RATE_SMALLEST = "learning_rate/smallest"
 COST_SHARE = "cost/share"
 COST_SECONDS = "cost/seconds"
 COST_HVPS = "cost/hvps"
@@ -73,9 +99,15 @@ WITH_INTERVAL = (
     SPECTRUM_ZEROS,
     SPECTRUM_NEGATIVE,
     SPECTRUM_BATCH_NEGATIVE,
+    NOISE_TRACE,
+    NOISE_PREDICTED,
+    NOISE_MEASURED,
+    NOISE_SCALE,
+    NOISE_CURVATURE_SCALE,
 )
 
 LAMBDA_MAX = "sharpness/lambda_max"  # a histogram
+PRECONDITIONER = "sharpness/log10_preconditioner"  # a histogram
 GUIDE = "sharpness/guide"  # a text card
 
 #: What each scalar is, in one line.
@@ -87,11 +119,16 @@ DESCRIPTIONS: dict[str, str] = {
     GAP: "MiniBS - FullBS",
     BATCH_SIZE: "the b of MiniBS(b)",
     THRESHOLD: "the largest stable sharpness, where one number says it: 2/lr for plain SGD",
+    THRESHOLD_SMALL_BATCH: "where momentum holds directional sharpness under small batches: 2 (1 - momentum)/lr",
     EDGE_RATIO: "MiniBS in units of the optimizer's stability limits; 1 is the edge",
     EDGE_RATIO_FULL_BS: "FullBS in the same units",
     EDGE_RATIO_DIRECTIONAL: "directional sharpness in the same units; the phase is judged on it",
     EDGE: "the constant 1",
     PHASE: "0 sharpening, 1 at the edge, 2 beyond it, 3 catapult; over the last five measurements",
+    PRECONDITIONER_SMALLEST: "smallest implied curvature of an adaptive optimizer, sqrt(v) + eps for Adam",
+    PRECONDITIONER_MEDIAN: "its median over the parameters",
+    PRECONDITIONER_LARGEST: "its largest",
+    EPS_SHARE: "share of parameters where eps outweighs it; the square-root rule wants few",
     PREDICTION_SUBSPACE: "MiniBS predicted from the full batch's outliers; `_trusted` is 0 where it should not be",
     PREDICTION_WIGNER: "MiniBS by Theorem 4 of Granziol et al., batch noise taken for homogeneous",
     PREDICTION_MARCHENKO_PASTUR: "MiniBS by their Theorem 7, corrected, the bulk taken for flat",
@@ -110,6 +147,26 @@ DESCRIPTIONS: dict[str, str] = {
     SPECTRUM_BATCH_SMALLEST: "its smallest",
     SPECTRUM_BATCH_NEGATIVE: "share of its eigenvalues below zero",
     SPECTRUM_SECONDS: "seconds that the densities took",
+    NOISE_TRACE: "variance of a single sample's gradient, the trace of its covariance C",
+    NOISE_PREDICTED: "variance of the batch gradient that follows from it, (n - b) / (b (n - 1)) tr C",
+    NOISE_MEASURED: "variance of the batch gradient over random batches",
+    NOISE_SCALE: "simple noise scale, tr C / |g|^2: batches much larger than that are hardly better",
+    NOISE_CURVATURE_SCALE: "the same weighted by curvature, tr HC / g'Hg",
+    NOISE_NORM: "squared norm of the full batch's gradient",
+    NOISE_COSINE: "cosine between the full batch's gradient and its Hessian's top eigenvector, without sign",
+    NOISE_SECONDS: "seconds that the measurement took",
+    WEIGHTS_DISTANCE: "distance of the weights from where training began",
+    WEIGHTS_ANGLE: "angle between successive displacements, in degrees",
+    WEIGHTS_LOG_SLOPE: "c of the law a + c log t for the distance",
+    WEIGHTS_LOG_R2: "share of the distance's variance that the logarithmic law explains",
+    WEIGHTS_POWER_EXPONENT: "exponent of the power law for the distance",
+    WEIGHTS_POWER_R2: "share of the distance's variance that the power law explains",
+    LEARNING_RATE_APPLIED: "the rate that the step really takes (first parameter group)",
+    LEARNING_RATE_SUGGESTED: "the rate that the rule would have it take; another one under `dry_run` alone",
+    LEARNING_RATE_SCALE: "factor to the schedule's own rate",
+    LEARNING_RATE_MOMENTUM: "the momentum learned from the spectrum",
+    LEARNING_RATE_LARGEST: "largest curvature that the learned rate goes by",
+    LEARNING_RATE_SMALLEST: "smallest curvature that it goes by, the bulk left out",
     COST_SHARE: "share of wall time spent on measuring",
     COST_SECONDS: "seconds of one measurement",
     COST_HVPS: "Hessian-vector products of one measurement, counted in batches of training's size",
@@ -143,6 +200,7 @@ class _Chart(NamedTuple):
     smoothed: bool = False
 
 
+#: The page, by category; those of `SHARPNESS` are shown wherever the sharpness is, the others where they have curves.
 _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
     "Am I at the edge?": (
         _Chart(
@@ -159,6 +217,14 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
             (MINI_BS, DIRECTIONAL, FULL_BS, THRESHOLD),
         ),
     ),
+    "Momentum": (
+        _Chart(
+            "Directional sharpness and its two lines",
+            "with large batches momentum lets it rise to the upper line, 2 (1 + momentum)/lr; with small ones it "
+            "holds it at the lower, 2 (1 - momentum)/lr",
+            (DIRECTIONAL, THRESHOLD, THRESHOLD_SMALL_BATCH),
+        ),
+    ),
     "Batch noise": (
         _Chart(
             "Sharpness of the current batch",
@@ -168,20 +234,43 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
         ),
         _Chart("Gap: MiniBS - FullBS", "the sharpness that batch noise adds", (GAP,)),
     ),
-    "Cost": (
-        _Chart("Share of wall time", "what watching costs, since training began", (COST_SHARE,), smoothed=True),
-        _Chart("Seconds per measurement", "the same, one measurement at a time", (COST_SECONDS,), smoothed=True),
-        _Chart("Products per measurement", "the same, whatever the machine", (COST_HVPS,), smoothed=True),
+    "Learning rate": (
         _Chart(
-            "Error of the solver",
-            "relative, to be compared with `rel_error`",
-            (COST_RESIDUAL, COST_AUDIT),
+            "Learning rate",
+            "what the steps really take, and what the rule suggests; they differ under `dry_run` alone",
+            (LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED),
+        ),
+        _Chart("Its scale", "the factor to the schedule's own rate", (LEARNING_RATE_SCALE,), smoothed=True),
+    ),
+    "Gradient noise": (
+        _Chart(
+            "Variance of the batch gradient",
+            "measured over random batches, and as it follows from single samples; they agree",
+            (NOISE_MEASURED, NOISE_PREDICTED),
+        ),
+        _Chart(
+            "Noise scale",
+            "batches much larger than this are hardly better; beside it the one that curvature weights",
+            (NOISE_SCALE, NOISE_CURVATURE_SCALE),
+            smoothed=True,
+        ),
+        _Chart(
+            "Gradient along the top eigenvector",
+            "the cosine between the two: how much of a step goes where the loss curves most",
+            (NOISE_COSINE,),
             smoothed=True,
         ),
     ),
-}
-_CLOSED = {"Cost"}
-_PREDICTIONS = {
+    "Weights": (
+        _Chart("Distance from the start", "it grows like log t", (WEIGHTS_DISTANCE,), smoothed=True),
+        _Chart("Angle between displacements", "90 degrees: a random walk", (WEIGHTS_ANGLE,), smoothed=True),
+        _Chart(
+            "Which law the distance follows",
+            "share of its variance that each explains",
+            (WEIGHTS_LOG_R2, WEIGHTS_POWER_R2),
+            smoothed=True,
+        ),
+    ),
     "Predictions": (
         _Chart(
             "MiniBS measured against predicted",
@@ -195,21 +284,35 @@ _PREDICTIONS = {
             smoothed=True,
         ),
     ),
+    "Cost": (
+        _Chart("Share of wall time", "what watching costs, since training began", (COST_SHARE,), smoothed=True),
+        _Chart("Seconds per measurement", "the same, one measurement at a time", (COST_SECONDS,), smoothed=True),
+        _Chart("Products per measurement", "the same, whatever the machine", (COST_HVPS,), smoothed=True),
+        _Chart(
+            "Error of the solver",
+            "relative, to be compared with `rel_error`",
+            (COST_RESIDUAL, COST_AUDIT),
+            smoothed=True,
+        ),
+    ),
 }
+SHARPNESS = frozenset({"Am I at the edge?", "Sharpness", "Batch noise", "Cost"})
+MOMENTUM, LEARNING_RATE, PREDICTIONS = "Momentum", "Learning rate", "Predictions"
+GRADIENT_NOISE, WEIGHTS = "Gradient noise", "Weights"
+CATEGORIES = tuple(_CATEGORIES)
+_CLOSED = {"Cost"}
 
 
-def _categories(*, predictions: bool) -> dict[str, tuple[_Chart, ...]]:
-    """The page's categories, those before the cost that a run has."""
-    first = {title: charts for title, charts in _CATEGORIES.items() if title not in _CLOSED}
-    last = {title: charts for title, charts in _CATEGORIES.items() if title in _CLOSED}
-    return {**first, **(_PREDICTIONS if predictions else {}), **last}
+def _shown(categories: Collection[str]) -> dict[str, tuple[_Chart, ...]]:
+    """These categories in the page's order."""
+    return {title: charts for title, charts in _CATEGORIES.items() if title in categories}
 
 
-def layout(*, predictions: bool = False) -> layout_pb2.Layout:
+def layout(categories: Collection[str] = SHARPNESS) -> layout_pb2.Layout:
     """Builds the page: its categories, charts and tags.
 
     Args:
-        predictions: Whether the run has predictions.
+        categories: Titles of those that the run has, some of `CATEGORIES`.
 
     Returns:
         The layout, the same for every such run.
@@ -221,7 +324,7 @@ def layout(*, predictions: bool = False) -> layout_pb2.Layout:
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(title=title, chart=[_message(chart) for chart in charts], closed=title in _CLOSED)
-            for title, charts in _categories(predictions=predictions).items()
+            for title, charts in _shown(categories).items()
         ]
     )
 
@@ -239,12 +342,12 @@ def _message(chart: _Chart) -> layout_pb2.Chart:
     return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=series))
 
 
-def write_layout(experiment: Any, *, predictions: bool = False) -> None:
+def write_layout(experiment: Any, categories: Collection[str] = SHARPNESS) -> None:
     """Writes the page into a run; once a run is enough.
 
     Args:
         experiment: `logger.experiment` of any logger. Nothing happens unless it is TensorBoard's `SummaryWriter`.
-        predictions: Whether the run has predictions.
+        categories: Titles of those that the run has.
 
     Example:
         >>> write_layout(object())  # not TensorBoard: nothing happens
@@ -253,51 +356,49 @@ def write_layout(experiment: Any, *, predictions: bool = False) -> None:
     writer = getattr(experiment, "_get_file_writer", lambda: None)()
     if writer is None:  # also where Lightning hands out a dummy, on all processes but the first
         return
-    page = layout(predictions=predictions)
+    page = layout(categories)
     text = TensorProto(dtype="DT_STRING", string_val=[page.SerializeToString()], tensor_shape=TensorShapeProto())
     plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
     writer.add_summary(Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=text, metadata=plugin)]))
 
 
-def write_guide(experiment: Any, notes: Sequence[str], *, predictions: bool = False) -> None:
+def write_guide(experiment: Any, notes: Sequence[str], categories: Collection[str] = SHARPNESS) -> None:
     """Writes the text card: how to read each chart, what holds for this run, and what each tag is.
 
     Args:
         experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_text`.
         notes: Facts of the run, one line each, such as "FullBS: fixed random subset of 8,192 of 50,000 samples".
-        predictions: Whether the run has predictions.
+        categories: Titles of the categories that the run has.
 
     Example:
         >>> write_guide(object(), ["batch size 16"])  # not TensorBoard: nothing happens
     """
-    charts = [chart for charts in _categories(predictions=predictions).values() for chart in charts]
+    charts = [chart for charts in _shown(categories).values() for chart in charts]
+    kinds = {tag.split("/")[0] for chart in charts for tag in chart.tags}
     lines = [
         "**This run**\n" if notes else "",
         *(f"- {note}" for note in notes),
         "\n**The charts of the *Custom Scalars* page**\n",
         *(f"- *{chart.title}*: {chart.reading}." for chart in charts),
         "\n**The tags**\n",
-        *(
-            f"- `{tag}`: {description}."
-            for tag, description in DESCRIPTIONS.items()
-            if tag.split("/")[0] not in ("spectrum", *(() if predictions else ("prediction",)))
-        ),
+        *(f"- `{tag}`: {text}." for tag, text in DESCRIPTIONS.items() if tag.split("/")[0] in kinds),
     ]
     _call(experiment, "add_text", GUIDE, "\n".join(lines), 0)
 
 
-def write_histogram(experiment: Any, values: Any, step: int) -> None:
-    """Writes the largest eigenvalues of the sampled mini-batches as a histogram.
+def write_histogram(experiment: Any, values: Any, step: int, *, tag: str = LAMBDA_MAX) -> None:
+    """Writes a histogram, if nothing else is said of the largest eigenvalues of the sampled mini-batches.
 
     Args:
         experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_histogram`.
-        values: The largest eigenvalue of each batch, shape `(K,)`, a tensor or an array.
+        values: Shape `(K,)`, a tensor or an array.
         step: Position on the x-axis, the one of the scalars.
+        tag: Its name.
 
     Example:
         >>> write_histogram(object(), [5.1, 5.8], step=0)  # not TensorBoard: nothing happens
     """
-    _call(experiment, "add_histogram", LAMBDA_MAX, values, step)
+    _call(experiment, "add_histogram", tag, values, step)
 
 
 def trusted(tag: str) -> str:

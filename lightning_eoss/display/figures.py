@@ -44,7 +44,8 @@ _STYLE: dict[Any, Any] = {
 def sharpness_figure(curves: Mapping[str, Curve], *, title: str | None = None) -> "Figure":
     """Draws the sharpness of a run against its threshold.
 
-    Above: MiniBS with its interval, directional sharpness, FullBS, the current batches as dots, and the threshold.
+    Above: MiniBS with its interval, directional sharpness, FullBS, the current batches as dots, and the threshold; with
+    momentum also the line at which small batches hold directional sharpness.
     Below, where it was logged: the edge ratio, whose edge is the line at 1. What was not logged is left out. One batch
     in a hundred and a distant threshold may lie above the picture.
 
@@ -83,6 +84,9 @@ def sharpness_figure(curves: Mapping[str, Curve], *, title: str | None = None) -
             top = max(top, 1.1 * min(values)) if in_sight else top
             label = "threshold (2/lr for SGD)" if in_sight else f"threshold (above the picture, {values[-1]:.3g})"
             sharpness.plot(steps, values, "--", color=INK, lw=1.5, label=label)
+        if tags.THRESHOLD_SMALL_BATCH in curves:
+            steps, values = curves[tags.THRESHOLD_SMALL_BATCH]
+            sharpness.plot(steps, values, ":", color=INK, lw=1.5, label="for small batches")
         sharpness.set_ylim(min(bottom, 0), top)
         sharpness.set_ylabel("sharpness")
         sharpness.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, markerscale=2)

@@ -21,7 +21,7 @@ def notes(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits,
     elif in_limits:
         found.append(
             "the stability limits differ between parameters, so edge ratios and predictions are in units of them; "
-            "sharpness and threshold, which would be in other units, are not shown."
+            "a threshold, which would be in other units, is not shown, nor is the sharpness itself without raw=True."
         )
     if measurement.dropped and not measurement.mini_batch.values:  # often the first sign of divergence
         found.append("the loss is not finite: nothing is shown while that is so, and training goes on.")

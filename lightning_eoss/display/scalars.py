@@ -5,6 +5,8 @@ import math
 from lightning_eoss.curvature.measure import SharpnessMeasurement
 from lightning_eoss.curvature.predict import SharpnessPrediction
 from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display.preconditioner import preconditioner_scalars
+from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, edge_ratio
 from lightning_eoss.theory.statistics import Estimate, scaled, shifted
 
@@ -34,7 +36,22 @@ def scalars(
         values |= _sharpness(measurement, limits)
     if isinstance(limits, StabilityLimits):
         values |= _edge_ratios(measurement, limits, in_limits=in_limits)
+        values |= preconditioner_scalars(limits)
     return finite(values)
+
+
+def raw_scalars(raw: SharpnessMeasurement, beside: dict[str, float]) -> dict[str, float]:
+    """The sharpness itself, beside a measurement in units of the limits, and what both cost together.
+
+    Args:
+        raw: What was measured in the units of the Hessian.
+        beside: The scalars of the other measurement.
+
+    Returns:
+        Tag to value, all finite.
+    """
+    costs = {tags.COST_SECONDS: raw.seconds, tags.COST_HVPS: raw.hvps}
+    return {**_sharpness(raw, NoLimits("")), **{tag: beside[tag] + cost for tag, cost in costs.items()}}
 
 
 def prediction_scalars(prediction: SharpnessPrediction) -> dict[str, float]:
@@ -77,14 +94,14 @@ def _sharpness(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLi
     )
     if values and isinstance(limits, StabilityLimits) and limits.threshold is not None:
         values[tags.THRESHOLD] = limits.threshold
+        if limits.threshold_small_batch is not None:
+            values[tags.THRESHOLD_SMALL_BATCH] = limits.threshold_small_batch
     return values
 
 
 def _edge_ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, in_limits: bool) -> dict[str, float]:
     """Sharpness in units of the limits, with the constant 1 where anything stands beside it."""
-    full = measurement.full_batch.value
-    ratios = [measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)]
-    mini, directional, exact = ratios if in_limits else [in_units_of(each, limits) for each in ratios]
+    mini, directional, exact = _ratios(measurement, limits, in_limits=in_limits)
     values = finite(
         {
             **with_interval(tags.EDGE_RATIO, mini),
@@ -137,22 +154,31 @@ def with_interval(tag: str, estimate: Estimate) -> dict[str, float]:
     return {tag: estimate.mean, lower: estimate.lower, upper: estimate.upper}
 
 
-def phase_point(
-    measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits, *, in_limits: bool
-) -> Estimate | None:
-    """What the phase is judged on: the directional edge ratio, or FullBS's where one batch is all there is.
+def reading(
+    measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits, *, in_limits: bool, step: int
+) -> Reading | None:
+    """A measurement as edge ratios; directional is what the phase is judged on: FullBS's where one batch is all.
 
     Args:
         measurement: What was measured.
         limits: The optimizer's limits at that step.
         in_limits: Whether it was measured in units of them.
+        step: Optimizer steps taken before.
 
     Returns:
-        An edge ratio; None where it was not measured or has no limits.
+        The reading; None where there are no limits.
     """
-    estimate, full = measurement.directional, measurement.full_batch.value
-    if measurement.mini_batch.stderr == 0 and math.isfinite(full):
-        estimate = Estimate(full, 0.0, full, full)
-    if isinstance(limits, NoLimits) or not math.isfinite(estimate.mean):
+    if isinstance(limits, NoLimits):
         return None
-    return estimate if in_limits else in_units_of(estimate, limits)
+    full = measurement.full_batch.value
+    mini, directional, exact = _ratios(measurement, limits, in_limits=in_limits)
+    if measurement.mini_batch.stderr == 0 and math.isfinite(full):
+        directional = exact
+    return Reading(step, measurement.batch_size, mini, directional, exact.mean, measurement.num_samples)
+
+
+def _ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, in_limits: bool) -> list[Estimate]:
+    """MiniBS, directional sharpness and FullBS in units of the limits."""
+    full = measurement.full_batch.value
+    ratios = [measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)]
+    return ratios if in_limits else [in_units_of(each, limits) for each in ratios]

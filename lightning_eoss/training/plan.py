@@ -1,9 +1,10 @@
 """What a measurement is to be and may cost: estimates before the first one, and the cut where they exceed the limit."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import Plan
+from lightning_eoss.training.agenda import Agenda
 
 COLD_PRODUCTS = 20  # of a value from scratch
 WARM_PRODUCTS = 6  # of a mini-batch, the directional one included
@@ -13,6 +14,73 @@ PREDICTION_PASSES = 120  # with the full batch: outliers 40, bulk 72, tail 4
 GROUP_PRODUCTS = 11  # with each group of samples
 MIN_GROUPS, MAX_GROUPS = 16, 1024
 SIMULATION_SECONDS = 1.0  # of batches made of that many groups, on a CPU
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What is going to be measured, and at what price."""
+
+    plan: Plan
+    costs: dict[str, float]  # expected seconds of each quantity
+    warnings: list[str]  # what was cut or will be missing, sentences
+    notes: list[str]  # what is going to be measured, clauses
+
+
+def foreseen(
+    plan: Plan,
+    findings: Findings,
+    agenda: Agenda,
+    *,
+    num_samples: int,
+    num_parameters: int,
+    max_seconds: float,
+    uniform: bool,
+    current: bool,
+) -> Prospect:
+    """Cuts a plan to what may be spent and says what comes of it.
+
+    Args:
+        plan: What was asked for.
+        findings: What `preflight` found about the loss.
+        agenda: Which quantities are wanted, and how often.
+        num_samples: Samples there are.
+        num_parameters: P.
+        max_seconds: Of one measurement.
+        uniform: Whether training draws its batches uniformly.
+        current: Whether the batch at hand can be measured.
+
+    Returns:
+        The prospect.
+    """
+    plan, costs, cut = affordable(plan, findings, num_samples, max_seconds)
+    warnings, notes = [cut] if cut else [], []
+    if not current:
+        costs.pop("current")
+    if "prediction" in agenda.quantities and findings.reduction == "mean" and uniform:
+        smaller, _, groups, seconds = predictable(plan, findings, num_samples, max_seconds)
+        costs["prediction"] = seconds
+        drawn = f"{smaller.full_batch_samples:,} samples and {groups:,} groups of them"
+        notes.append(f"predictions from {drawn} take about {seconds:.2g} s")
+    elif "prediction" in agenda.quantities:
+        warnings.append(
+            "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, "
+            "class weights, fewer than three samples), or the sampler is not uniform: nothing follows from the "
+            "full batch for batches, so there are no predictions."
+        )
+    schedule, first = f"every {agenda.every_n_steps} steps", costs.pop("first")
+    wanted = [quantity for quantity in agenda.quantities if quantity in costs]
+    if agenda.share is not None:
+        often = len(wanted) * first / agenda.share
+        schedule = f"{100 * agenda.share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
+        costs["mini"] = first
+    if not uniform:
+        notes.append(
+            "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, no control variate"
+        )
+    seconds = sum(costs[quantity] for quantity in wanted)
+    return Prospect(
+        plan, costs, warnings, described(plan, findings, num_samples, num_parameters, seconds, schedule) + notes
+    )
 
 
 def affordable(

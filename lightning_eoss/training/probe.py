@@ -424,6 +424,12 @@ def applied_limits(trainer: Any) -> StabilityLimits | NoLimits:
     return stability_limits(trainer.optimizers[0])
 
 
+def limits_to_come(trainer: Any) -> bool:
+    """Whether the optimizer has no limits before its first step, and will have some after it."""
+    limits = applied_limits(trainer)
+    return isinstance(limits, NoLimits) and limits.passing
+
+
 def scaling_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Tensor) -> Scaling | None:
     """The coordinates in which the top eigenvalue is the edge ratio; None where plain ones will do.
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.objective import Objective
+from lightning_eoss.curvature.objective import BatchCache, Objective
 from lightning_eoss.training.probe import (
     TrainingData,
     check_dataloader,
@@ -26,6 +27,8 @@ UNPAID = (
     "training ended before the first measurement could be paid for. Raise overhead, or measure at fixed steps with "
     "every_n_train_steps."
 )
+# Batches that the monitors of a Trainer have loaded for one step, by the loader that they come from.
+_SHARED: WeakKeyDictionary[Any, tuple[int, dict[int, BatchCache]]] = WeakKeyDictionary()
 HISTORY = 10_000  # entries, above which the older half is thinned
 
 
@@ -92,10 +95,31 @@ class Watch:
                     evaluated if evaluating else loss,
                     self.data.source,
                     isolation,
+                    self._cache(trainer),
                     owned={id(each) for each in owned} or None,
                 ),
                 isolation,
             )
+
+    def _cache(self, trainer: Any) -> BatchCache:
+        """What other monitors of the Trainer have loaded for the same step from the same loader."""
+        if self.data is None or self.data.loader is None or self.dataloader is not None:
+            return BatchCache()
+        step, caches = _SHARED.get(trainer, (-1, {}))
+        if step != trainer.global_step:
+            caches = {}
+            _SHARED[trainer] = (trainer.global_step, caches)
+        return caches.setdefault(id(self.data.loader), BatchCache())
+
+    def release(self, trainer: Any, monitor: Any) -> None:
+        """Lets go of the batches that monitors share, once the last of them has had its turn.
+
+        Args:
+            trainer: The Trainer that runs.
+            monitor: The one whose turn it was; those that share have a true `shares_batches`.
+        """
+        if trainer in _SHARED and monitor is [m for m in trainer.callbacks if getattr(m, "shares_batches", False)][-1]:
+            del _SHARED[trainer]
 
     def publish(self, trainer: Any, values: dict[str, float]) -> int:
         """Gives scalars to every logger and to the Trainer, and keeps them.
@@ -158,6 +182,18 @@ class Watch:
     def announce(self, notes: Iterable[str]) -> None:
         """Says in a line what is going to be measured."""
         rank_zero_info(f"{self.name}: {'; '.join(notes)}.")
+
+
+def categories_shown(trainer: Any) -> frozenset[str]:
+    """The dashboard's categories that all callbacks of a Trainer fill together.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Their titles.
+    """
+    return frozenset().union(*(getattr(each, "dashboard_categories", ()) for each in trainer.callbacks))
 
 
 def now(pl_module: Any) -> float:

@@ -17,7 +17,6 @@ from torch.utils.data import default_collate
 
 from lightning_eoss import SharpnessMonitor, measure_sharpness
 from lightning_eoss.callbacks import sharpness
-from lightning_eoss.curvature.solver import WarmStart
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.theory.statistics import PHASES
 from lightning_eoss.training import agenda
@@ -29,7 +28,9 @@ DOUBLE = torch.float64
 OWN = ("sharpness", "cost")  # the rest has to be asked for
 WITH_INTERVAL = [tag for tag in tags.WITH_INTERVAL if tag.split("/")[0] in OWN]
 INTERVALS = {end for tag in WITH_INTERVAL for end in tags.interval(tag)}
-EVERY_TAG = {tag for tag in tags.DESCRIPTIONS if tag.split("/")[0] in OWN} | INTERVALS
+ADAPTIVE = {tags.PRECONDITIONER_SMALLEST, tags.PRECONDITIONER_MEDIAN, tags.PRECONDITIONER_LARGEST, tags.EPS_SHARE}
+# With momentum, as `Regressor` has.
+EVERY_TAG = {tag for tag in tags.DESCRIPTIONS if tag.split("/")[0] in OWN} - ADAPTIVE | INTERVALS
 
 
 class Note(Callback):
@@ -205,6 +206,81 @@ def test_rates_that_differ_are_the_coordinates(tmp_path: Path) -> None:
         assert shown[tags.EDGE][step] == 1.0
 
 
+class Adaptive(Regressor):
+    """AdamW with an eps that outweighs some gradients."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.8, 0.9), eps=0.05, weight_decay=0.5)
+
+
+class NoteState(Note):
+    """Notes the second moments as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.states.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
+
+
+def adaptive_run(root: Path, **options: Any) -> NoteState:
+    seeded()
+    note = NoteState()
+    with pytest.warns(UserWarning, match="the stability limits differ between parameters"):
+        fit(root, Adaptive().double(), loader(doubles()), note, monitor(3, rel_error=0.01, **options))
+    return note
+
+
+def test_adaptive_optimizers_are_judged_by_their_preconditioner_from_their_first_step_on(tmp_path: Path) -> None:
+    note = adaptive_run(tmp_path)
+    shown = points(tmp_path)
+    assert list(shown[tags.EDGE_RATIO]) == [1, 3, 6, 9]  # before its first step Adam has no limits
+    assert shown.keys() >= ADAPTIVE and not shown.keys() & {tags.MINI_BS, tags.THRESHOLD, tags.FULL_BS}
+    for step, value in shown[tags.EDGE_RATIO_FULL_BS].items():
+        moments = torch.cat([state["exp_avg_sq"].reshape(-1) for state in note.states[step].values()])
+        curvature = (moments / (1 - 0.9**step)).sqrt()
+        factors = ((curvature + 0.05) * (1 - 0.8**step) * 1.8 / 0.2 * (2 / 0.01 - 0.5)).rsqrt()
+        _, hessian = dense_gradient_and_hessian(note.modules[step], squared_error, doubles().tensors)
+        assert value == pytest.approx(top(factors[:, None] * hessian * factors), rel=1e-3)
+        assert shown[tags.PRECONDITIONER_SMALLEST][step] == pytest.approx(float(curvature.min()) + 0.05, rel=1e-5)
+        assert shown[tags.PRECONDITIONER_MEDIAN][step] == pytest.approx(float(curvature.median()) + 0.05, rel=1e-5)
+        assert shown[tags.PRECONDITIONER_LARGEST][step] == pytest.approx(float(curvature.max()) + 0.05, rel=1e-5)
+        assert shown[tags.EPS_SHARE][step] == pytest.approx(float((curvature <= 0.05).double().mean()))
+    assert 0 < min(shown[tags.EPS_SHARE].values()) < 1
+
+
+def test_raw_adds_the_sharpness_itself(tmp_path: Path) -> None:
+    adaptive_run(tmp_path / "scaled")
+    note = adaptive_run(tmp_path / "both", raw=True)
+    scaled, both = points(tmp_path / "scaled"), points(tmp_path / "both")
+    assert both[tags.EDGE_RATIO] == scaled[tags.EDGE_RATIO]
+    raw = {*(tag for tag in WITH_INTERVAL if "edge" not in tag), tags.FULL_BS, tags.CURRENT_BATCH}
+    assert both.keys() - scaled.keys() == raw | {end for tag in raw & {*WITH_INTERVAL} for end in tags.interval(tag)}
+    for step in (1, 3, 6, 9):
+        assert both[tags.COST_HVPS][step] > 1.5 * scaled[tags.COST_HVPS][step]
+        full, current = (dense_top(note.modules[step], each) for each in (doubles().tensors, note.batches[step]))
+        assert both[tags.FULL_BS][step] == pytest.approx(full, rel=1e-3)
+        assert both[tags.CURRENT_BATCH][step] == pytest.approx(current, rel=0.01)
+
+
+def test_the_preconditioner_has_a_histogram_in_decades(tmp_path: Path) -> None:
+    seeded()
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.warns(UserWarning, match="the stability limits differ"):
+        trainer = fit(tmp_path, Adaptive(), loader(), monitor(5), logger=logger)
+    second = torch.cat([each["exp_avg_sq"].reshape(-1) for each in trainer.optimizers[0].state.values()])
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0})
+    events.Reload()
+    shown = {event.step: event.histogram_value for event in events.Histograms(tags.PRECONDITIONER)}
+    assert list(shown) == [1, 5, 10]
+    for histogram in shown.values():
+        assert histogram.num == len(second) == 37
+        assert math.log10(0.05) - 1e-6 <= histogram.min < histogram.max < 1
+
+
 class Partial(Regressor):
     """One rate, for the last layer alone."""
 
@@ -225,17 +301,17 @@ def test_what_no_optimizer_owns_does_not_count(tmp_path: Path) -> None:
         assert shown[tags.EDGE_RATIO_FULL_BS][step] == pytest.approx(value / 20)
 
 
-class Adaptive(Regressor):
+class Signed(Regressor):
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
+        return torch.optim.Rprop(self.parameters(), lr=0.01)
 
 
 def test_an_optimizer_without_known_limits_has_no_threshold(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no threshold, edge ratio or phase is shown: (.|\n)*AdamW") as warned:
-        fit(tmp_path, Adaptive(), loader(), monitor())
+    with pytest.warns(UserWarning, match="no threshold, edge ratio or phase is shown: (.|\n)*Rprop") as warned:
+        fit(tmp_path, Signed(), loader(), monitor())
     assert len([each for each in warned if "SharpnessMonitor" in str(each.message)]) == 1
     edges = {tag for tag in EVERY_TAG if "edge" in tag}
-    assert points(tmp_path).keys() == EVERY_TAG - edges - {tags.THRESHOLD, tags.PHASE}
+    assert points(tmp_path).keys() == EVERY_TAG - edges - {tags.THRESHOLD, tags.THRESHOLD_SMALL_BATCH, tags.PHASE}
 
 
 def test_another_batch_size_may_be_watched(tmp_path: Path) -> None:
@@ -398,7 +474,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert stream(second) == stream(whole)
     assert [point["step"] for point in first.history] == [0, 4, 8]
     state = torch.load(path, weights_only=True)["callbacks"][first.state_key]
-    assert state["warm_start"]["top"].numel() == 37
+    assert state["warm_start"][False]["top"].numel() == 37
 
 
 def test_without_the_warm_start_the_numbers_agree_and_the_cost_does_not(tmp_path: Path) -> None:
@@ -458,7 +534,7 @@ def test_a_monitor_may_watch_another_training(tmp_path: Path) -> None:
     fit(tmp_path / "two", Regressor(other), loader(batch_size=6), watch)
     assert len(watch.history) == 6 + 4
     assert watch.history[-1]["sharpness/batch_size"] == 6
-    assert isinstance(watch._warm, WarmStart) and watch._warm.top.numel() == 4 * 3 + 3 + 6 + 6 + 2
+    assert watch._warm[False].top.numel() == 4 * 3 + 3 + 6 + 6 + 2
 
 
 def test_a_reloaded_loader_is_followed(tmp_path):

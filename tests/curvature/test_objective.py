@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_eoss.curvature.objective import (
+    BatchCache,
     BatchListSource,
     DatasetSource,
     Part,
@@ -102,7 +103,7 @@ def test_batches_are_kept_while_they_fit(cache_bytes: int, reads: int) -> None:
             counted.append(index)
             return super().__getitem__(index)
 
-    with objective_of(made(mlp), squared_error, Data(pictures()), cache_bytes=cache_bytes) as objective:
+    with objective_of(made(mlp), squared_error, Data(pictures()), cache=BatchCache(cache_bytes)) as objective:
         first = objective.evaluate(Part(1.0, 3, (0, 1, 2)))
         second = objective.evaluate(Part(0.5, 3, (0, 1, 2)))  # the weight does not matter
     assert torch.equal(first, second) and len(counted) == reads

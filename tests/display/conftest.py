@@ -1,6 +1,6 @@
 """Curves like those of a run of the demonstration, at the edge, and event files that hold them."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,17 @@ def curves() -> Curves:
     for end in (tags.PREDICTION_MARCHENKO_PASTUR, *tags.interval(tags.PREDICTION_MARCHENKO_PASTUR)):
         curves[end] = (steps[::5].tolist(), (1.5 * mini[::5]).tolist())
     curves[tags.PREDICTION_CRITICAL_BATCH_SIZE] = (steps[::5].tolist(), (8 + rise[::5]).tolist())
+    rate = np.where(steps < 2000, 0.1, 0.05)
+    curves[tags.THRESHOLD_SMALL_BATCH] = (steps.tolist(), np.full(len(steps), 0.3 * threshold).tolist())
+    curves[tags.LEARNING_RATE_APPLIED] = (steps.tolist(), rate.tolist())
+    curves[tags.LEARNING_RATE_SUGGESTED] = (steps.tolist(), (0.9 * rate).tolist())
+    curves[tags.LEARNING_RATE_SCALE] = (steps.tolist(), (rate / 0.1).tolist())
+    for tag in (tags.NOISE_MEASURED, tags.NOISE_PREDICTED, tags.NOISE_SCALE, tags.NOISE_CURVATURE_SCALE):
+        for each, sign in zip((tag, *tags.interval(tag)), (0, -1, 1), strict=True):
+            curves[each] = (steps.tolist(), (1 + 0.5 * rise + 0.1 * sign).tolist())
+    for tag in (tags.NOISE_COSINE, tags.WEIGHTS_ANGLE, tags.WEIGHTS_LOG_R2, tags.WEIGHTS_POWER_R2):
+        curves[tag] = (steps.tolist(), (0.8 + 0.1 * np.sin(steps / 500)).tolist())
+    curves[tags.WEIGHTS_DISTANCE] = (steps.tolist(), np.log1p(steps).tolist())
     curves[tags.CURRENT_BATCH] = (batch_steps.tolist(), batch.tolist())
     return curves
 
@@ -64,11 +75,11 @@ def curves() -> Curves:
 def write_run(curves: Curves) -> Callable[..., None]:
     """Writes those curves, the layout, the guide and a histogram into a directory of event files."""
 
-    def write(logdir: Path, without: Container[str] = (), *, predictions: bool = False) -> None:
+    def write(logdir: Path, without: Container[str] = (), *, categories: Collection[str] = tags.SHARPNESS) -> None:
         with SummaryWriter(str(logdir)) as writer:
-            tags.write_layout(writer, predictions=predictions)
+            tags.write_layout(writer, categories)
             notes = ["FullBS: fixed random subset of 8,192 of 50,000 samples"]
-            tags.write_guide(writer, notes, predictions=predictions)
+            tags.write_guide(writer, notes, categories)
             for tag, (steps, values) in curves.items():
                 for step, value in zip(steps, values, strict=True) if tag not in without else ():
                     writer.add_scalar(tag, value, step)

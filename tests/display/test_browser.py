@@ -160,9 +160,9 @@ def open_dashboard(tmp_path: Path) -> Iterator[Callable[[], Page]]:
 def test_every_chart_shows_its_curves(
     open_dashboard: Callable[[], Page], write_run: Callable[..., None], curves: Mapping[str, Curve], tmp_path: Path
 ) -> None:
-    write_run(tmp_path / "runs" / "digits", predictions=True)
+    write_run(tmp_path / "runs" / "digits", categories=tags.CATEGORIES)
     page = open_dashboard()
-    categories = layout(predictions=True).category
+    categories = layout(tags.CATEGORIES).category
     charts = [chart for category in categories for chart in category.chart]
     opened = sum(len(category.chart) for category in categories if not category.closed)
     shown = page.charts(lambda shown: len(shown) == opened and all(chart["points"] for chart in shown.values()))

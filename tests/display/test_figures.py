@@ -21,8 +21,9 @@ def labels(figure: object) -> set[str]:
 def test_all_that_was_logged_is_drawn(curves: Curves) -> None:
     figure = sharpness_figure(curves, title="A run")
     sharpness, ratio = figure.axes
-    assert labels(figure) == {"MiniBS", "directional", "FullBS", "current batch", "threshold (2/lr for SGD)"}
-    assert (len(sharpness.lines), len(sharpness.collections)) == (5, 2)  # two bands
+    lines = {"threshold (2/lr for SGD)", "for small batches"}
+    assert labels(figure) == {"MiniBS", "directional", "FullBS", "current batch"} | lines
+    assert (len(sharpness.lines), len(sharpness.collections)) == (6, 2)  # two bands
     assert (len(ratio.lines), len(ratio.collections)) == (4, 1)  # with the line at 1
     assert figure.get_suptitle() == "A run"
     mini_bs = next(line for line in sharpness.lines if line.get_label() == "MiniBS")
