@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lightning_eoss.callbacks.rescaler import LearningRateRescaler as LearningRateRescaler
     from lightning_eoss.callbacks.sharpness import SharpnessMonitor as SharpnessMonitor
+    from lightning_eoss.callbacks.spectral_learning_rate import SpectralLearningRate as SpectralLearningRate
     from lightning_eoss.callbacks.spectrum import SpectralDensityMonitor as SpectralDensityMonitor
     from lightning_eoss.curvature.measure import Eigenvalue as Eigenvalue
     from lightning_eoss.curvature.measure import SharpnessMeasurement as SharpnessMeasurement
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Eigenvalue": "curvature.measure",
     "Estimate": "theory.statistics",
+    "LearningRateRescaler": "callbacks.rescaler",
     "MiniBatchSharpness": "metrics",
     "SharpnessMeasurement": "curvature.measure",
     "SharpnessMonitor": "callbacks.sharpness",
     "SharpnessPrediction": "curvature.predict",
     "Spectra": "curvature.spectrum",
     "SpectralDensityMonitor": "callbacks.spectrum",
+    "SpectralLearningRate": "callbacks.spectral_learning_rate",
     "measure_sharpness": "curvature.measure",
     "measure_spectra": "curvature.spectrum",
     "predict_sharpness": "curvature.predict",
@@ -35,12 +39,14 @@ _HOME = {
 __all__ = [
     "Eigenvalue",
     "Estimate",
+    "LearningRateRescaler",
     "MiniBatchSharpness",
     "SharpnessMeasurement",
     "SharpnessMonitor",
     "SharpnessPrediction",
     "Spectra",
     "SpectralDensityMonitor",
+    "SpectralLearningRate",
     "measure_sharpness",
     "measure_spectra",
     "predict_sharpness",

@@ -137,7 +137,7 @@ def test_files_stay_readable(path: Path) -> None:
 
 def test_the_package_stays_small() -> None:
     """Meant to be about 4,000 lines; an isolation that follows any object, predictions and rates made it more."""
-    assert sum(lines_of_code(path.read_text()) for path in FILES) <= 7500
+    assert sum(lines_of_code(path.read_text()) for path in FILES) <= 7600
 
 
 def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:

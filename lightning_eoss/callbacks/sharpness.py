@@ -163,7 +163,7 @@ class SharpnessMonitor(Callback):
         self.latest: Reading | None = None  # the last measurement, for whoever steers by it
 
         self._watch = Watch(
-            type(self).__name__, loss_fn, dataloader, full_batch_samples, as_trained=precision == "as_trained"
+            type(self).__name__, loss_fn, dataloader, full_batch_samples, precision == "as_trained", tags.write_layout
         )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
@@ -421,7 +421,6 @@ class SharpnessMonitor(Callback):
         if not self._drawn:
             self._momentum = tags.THRESHOLD_SMALL_BATCH in values
             for experiment in experiments:
-                tags.write_layout(experiment, categories_shown(trainer))
                 tags.write_guide(experiment, self._notes, categories_shown(trainer))
         step = self._watch.publish(trainer, values)
         for experiment in experiments:

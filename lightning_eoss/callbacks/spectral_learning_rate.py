@@ -152,7 +152,7 @@ class SpectralLearningRate(Callback):
         self.operator = operator
         self.outputs_fn = outputs_fn
         self.last: LearnedRates | None = None  # what was learned last
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, page=tags.write_layout)
         self._findings: Findings | None = None
         self._last_epoch: int | None = None  # in which it was time
 
@@ -164,7 +164,7 @@ class SpectralLearningRate(Callback):
     @property
     def dashboard_categories(self) -> frozenset[str]:
         """What it shows on the dashboard."""
-        return frozenset({tags.LEARNING_RATE})
+        return frozenset({tags.LEARNED_RATES})
 
     # ---- when --------------------------------------------------------------------------------------------------------
 

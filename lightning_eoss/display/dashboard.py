@@ -242,6 +242,20 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
         ),
         _Chart("Its scale", "the factor to the schedule's own rate", (LEARNING_RATE_SCALE,), smoothed=True),
     ),
+    "Learned rates": (
+        _Chart(
+            "Learned learning rate",
+            "what the spectrum says, and what the steps take",
+            (LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED),
+        ),
+        _Chart("Learned momentum", "the wider the spectrum, the more", (LEARNING_RATE_MOMENTUM,), smoothed=True),
+        _Chart(
+            "Curvature that they go by",
+            "the two ends of the spectrum, the bulk left out",
+            (LEARNING_RATE_LARGEST, LEARNING_RATE_SMALLEST),
+            smoothed=True,
+        ),
+    ),
     "Gradient noise": (
         _Chart(
             "Variance of the batch gradient",
@@ -298,7 +312,7 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
 }
 SHARPNESS = frozenset({"Am I at the edge?", "Sharpness", "Batch noise", "Cost"})
 MOMENTUM, LEARNING_RATE, PREDICTIONS = "Momentum", "Learning rate", "Predictions"
-GRADIENT_NOISE, WEIGHTS = "Gradient noise", "Weights"
+LEARNED_RATES, GRADIENT_NOISE, WEIGHTS = "Learned rates", "Gradient noise", "Weights"
 CATEGORIES = tuple(_CATEGORIES)
 _CLOSED = {"Cost"}
 

@@ -1,7 +1,7 @@
 """What every monitor does around a measurement: its clock, its way to the data, its words, its points."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,10 +41,12 @@ class Watch:
     dataloader: Iterable[Any] | None = None
     max_samples: int | None = None  # that an iterable of unknown length is read for
     as_trained: bool = False  # under training's own autocast
+    page: Callable[[Any, Collection[str]], None] | None = None  # writes the dashboard into a logger's experiment
     history: list[dict[str, float]] = field(default_factory=list)
     data: TrainingData | None = None
     began: float = field(default_factory=time.perf_counter)
     spent: float = 0.0  # seconds in hooks since fit began
+    _drawn: bool = False  # whether the loggers of this fit have the dashboard
     _said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class Watch:
 
     def begin(self) -> None:
         """Starts the clock of a fit."""
-        self.began, self.spent = time.perf_counter(), 0.0
+        self.began, self.spent, self._drawn = time.perf_counter(), 0.0, False
 
     @property
     def elapsed(self) -> float:
@@ -122,7 +124,7 @@ class Watch:
             del _SHARED[trainer]
 
     def publish(self, trainer: Any, values: dict[str, float]) -> int:
-        """Gives scalars to every logger and to the Trainer, and keeps them.
+        """Gives scalars to every logger and to the Trainer, and keeps them; before the first ones, the dashboard.
 
         Args:
             trainer: The Trainer that runs.
@@ -136,7 +138,10 @@ class Watch:
         if len(self.history) > HISTORY:
             self.history[: HISTORY // 2] = self.history[: HISTORY // 2 : 2]
         for logger in trainer.loggers:
+            if self.page is not None and not self._drawn:
+                self.page(getattr(logger, "experiment", None), categories_shown(trainer))
             logger.log_metrics(values, step=step)
+        self._drawn = True
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         return step
 

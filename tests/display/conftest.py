@@ -64,6 +64,8 @@ def curves() -> Curves:
     for tag in (tags.NOISE_MEASURED, tags.NOISE_PREDICTED, tags.NOISE_SCALE, tags.NOISE_CURVATURE_SCALE):
         for each, sign in zip((tag, *tags.interval(tag)), (0, -1, 1), strict=True):
             curves[each] = (steps.tolist(), (1 + 0.5 * rise + 0.1 * sign).tolist())
+    for tag in (tags.LEARNING_RATE_MOMENTUM, tags.LEARNING_RATE_LARGEST, tags.LEARNING_RATE_SMALLEST):
+        curves[tag] = (steps.tolist(), (0.5 + 0.1 * rise).tolist())
     for tag in (tags.NOISE_COSINE, tags.WEIGHTS_ANGLE, tags.WEIGHTS_LOG_R2, tags.WEIGHTS_POWER_R2):
         curves[tag] = (steps.tolist(), (0.8 + 0.1 * np.sin(steps / 500)).tolist())
     curves[tags.WEIGHTS_DISTANCE] = (steps.tolist(), np.log1p(steps).tolist())

@@ -1,0 +1,404 @@
+"""The learning rate that steps really take, where it is not the schedule's own.
+
+A factor to the learning rate cannot simply be multiplied into the optimizer: recursive schedulers (StepLR) would carry
+it on, closed-form ones (LambdaLR, OneCycleLR) overwrite it at the next step, and checkpoints would hold it. So it is an
+*overlay*. It lies over the schedule's own rate only while the optimizer steps, and while callbacks that watch the rate
+look at it. Schedulers, checkpoints and the module's hooks see the schedule's own rate, to the last bit; the factor is
+all that there is to save.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_eoss.curvature.objective import num_samples_of
+
+Factor = Callable[[Sequence[Any]], float]  # the groups' own rates, numbers or tensors, to the factor to all of them
+
+
+# ---- the overlay -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Covered:
+    """A parameter group whose rate is covered."""
+
+    group: dict[str, Any]
+    own: Any  # its own rate; of a tensor a copy
+    applied: Any  # what was put there; of a tensor the tensor itself
+    version: int  # of the tensor
+
+    def untouched(self) -> bool:
+        """Whether the group still has the rate that was put there; seen without waiting for a device."""
+        here = self.group["lr"] is self.applied
+        return here and (not isinstance(self.applied, Tensor) or self.applied._version == self.version)
+
+
+class Overlay:
+    """A factor over the learning rates of an optimizer, on and off again without a trace.
+
+    A rate that somebody else sets while it is covered (a warm-up by hand) is taken for the group's new own rate.
+    """
+
+    def __init__(self, factor: Factor) -> None:
+        """Nothing is covered yet.
+
+        Args:
+            factor: Says by which factor, each time anew, from the groups' own rates.
+        """
+        self.optimizer: Optimizer | None = None
+        self._factor = factor
+        self._covered: list[_Covered] = []
+        self._handles: list[Any] = []
+
+    @property
+    def own(self) -> list[Any]:
+        """The own rates of the groups, covered or not."""
+        assert self.optimizer is not None
+        own = {id(each.group): each.own for each in self._covered if each.untouched()}
+        return [own.get(id(group), group["lr"]) for group in self.optimizer.param_groups]
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Covers the rates in each of the optimizer's steps from now on.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        self.detach()
+        self.optimizer = optimizer
+        # A step that a GradScaler skips calls none of them: its rates are not touched.
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(lambda *_: self.undo()),
+        ]
+
+    def detach(self) -> None:
+        """Uncovers the rates and lets go of the optimizer."""
+        self.undo()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.optimizer = [], None
+
+    def apply(self) -> None:
+        """Covers the rates; where they are covered, they are covered anew."""
+        self.undo()
+        if self.optimizer is None:
+            return
+        groups = self.optimizer.param_groups
+        factor = self._factor([group["lr"] for group in groups])
+        if factor == 1:
+            return
+        tensors: dict[int, _Covered] = {}  # groups may share one tensor
+        for group in groups:
+            rate = group["lr"]
+            if not isinstance(rate, Tensor):
+                group["lr"] = rate * factor
+                self._covered.append(_Covered(group, rate, group["lr"], 0))
+                continue
+            if id(rate) not in tensors:
+                own = rate.detach().clone()
+                _write(rate, own * factor)
+                tensors[id(rate)] = _Covered(group, own, rate, rate._version)
+            shared = tensors[id(rate)]
+            self._covered.append(_Covered(group, shared.own, rate, shared.version))
+
+    def undo(self) -> None:
+        """Puts the own rates back, bit for bit; nothing happens where they are not covered."""
+        covered, self._covered = self._covered, []
+        untouched = [each for each in covered if each.untouched()]  # before a tensor that groups share is written to
+        for each in untouched:
+            if isinstance(each.applied, Tensor):
+                _write(each.applied, each.own)
+            else:
+                each.group["lr"] = each.own
+
+    def end(self, _trainer: Any) -> None:
+        """The same, as a callback does it."""
+        self.undo()
+
+    def correct(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the own rates into a checkpoint that was made while they were covered.
+
+        Args:
+            checkpoint: Lightning's, with the states of the optimizers.
+        """
+        if not self._covered:
+            return
+        for state in checkpoint.get("optimizer_states", [])[:1]:
+            for group, own in zip(state.get("param_groups", []), self.own, strict=False):
+                group["lr"] = own
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Covers the rates, but not for the training step that the optimizer calls."""
+        self.apply()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def uncovered() -> Any:
+            self.undo()  # an exception leaves it at that
+            result = closure()
+            self.apply()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": uncovered}
+        return (args[0], uncovered, *args[2:]), kwargs
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """In place: compiled and captured steps hold on to the tensor."""
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+# ---- who sees it -----------------------------------------------------------------------------------------------------
+
+
+class Between(Callback):
+    """Does something between callbacks; Trainers have it while they fit."""
+
+    def __init__(
+        self, overlay: Overlay, each_batch: Callable[[Any], None], each_epoch: Callable[[Any], None] | None = None
+    ) -> None:
+        """Belongs to one overlay.
+
+        Args:
+            overlay: The overlay.
+            each_batch: What to do in `on_train_batch_start`; it is given the Trainer.
+            each_epoch: What to do in `on_train_epoch_start`.
+        """
+        self.overlay = overlay
+        self._each_batch = each_batch
+        self._each_epoch = each_epoch
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Does it."""
+        if self._each_epoch is not None:
+            self._each_epoch(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Does it."""
+        self._each_batch(trainer)
+
+
+def frame_watchers(trainer: Any, callback: Callback, overlay: Overlay, look: Callable[[Any], None]) -> None:
+    """Orders the callbacks at `setup`, around those that look at learning rates.
+
+    1. All that know nothing of rates, or set them: schedulers of the accumulation, finetuning, weight averaging, a
+       user's own warm-up. They see and set the schedule's own rates.
+    2. The callback that covers the rates.
+    3. The monitors of this package, which measure at the rates that the step is going to take.
+    4. `look`, which may change them by what was measured.
+    5. LearningRateMonitor, which shows the rates that the step takes.
+    6. The end of the cover: the module's own hooks come next.
+    7. Checkpoint callbacks.
+
+    Args:
+        trainer: The Trainer; it gets a new list, since it walks through the old one just now.
+        callback: The callback that covers the rates in its `on_train_epoch_start` and `on_train_batch_start`.
+        overlay: Its overlay.
+        look: What it does before each batch, after measurements; it is given the Trainer.
+
+    Raises:
+        MisconfigurationException: If another callback covers the rates, too.
+    """
+    unframe_watchers(trainer, overlay)
+    others = [each for each in trainer.callbacks if each is not callback]
+    if any(isinstance(each, Between) for each in others):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} is not the only callback of this Trainer that changes the learning rate of "
+            "each step, and one would take the other's rate for the schedule's own. Leave one of them."
+        )
+    places: dict[int, list[Callback]] = {1: [], 2: [callback], 3: [], 4: [], 5: [], 6: [], 7: []}
+    for each in others:
+        place = (
+            7 if _is_a(each, "Checkpoint") else 3 if _measures(each) else 5 if _is_a(each, "LearningRateMonitor") else 1
+        )
+        places[place].append(each)
+    places[4], places[6] = [Between(overlay, look)], [Between(overlay, overlay.end, overlay.end)]
+    trainer.callbacks = [each for place in places.values() for each in place]
+
+
+def unframe_watchers(trainer: Any, overlay: Overlay) -> None:
+    """Takes what an overlay needs between callbacks out of their list.
+
+    Args:
+        trainer: The Trainer.
+        overlay: The overlay.
+    """
+    trainer.callbacks = [
+        each for each in trainer.callbacks if not (isinstance(each, Between) and each.overlay is overlay)
+    ]
+
+
+def _is_a(callback: Any, name: str) -> bool:
+    """Whether it is of a class of that name: Lightning's classes exist twice."""
+    return any(kind.__name__ == name for kind in type(callback).__mro__)
+
+
+def _measures(callback: Any) -> bool:
+    """Whether it is a monitor of this package."""
+    return any(
+        kind.__module__.startswith("lightning_eoss.") and kind.__name__.endswith("Monitor")
+        for kind in type(callback).__mro__
+    )
+
+
+# ---- what is applied -------------------------------------------------------------------------------------------------
+
+
+def applied_rates(trainer: Any) -> list[float]:
+    """The learning rates that a step takes, one for each parameter group, whether they are covered just now or not.
+
+    Args:
+        trainer: The Trainer, with its optimizers.
+
+    Returns:
+        The rates of all optimizers' groups, in their order.
+    """
+    rates = []
+    overlays = [each.overlay for each in trainer.callbacks if isinstance(each, Between)]
+    for optimizer in trainer.optimizers:
+        overlay = next((each for each in overlays if each.optimizer is optimizer), None)
+        if overlay is None:
+            rates += [float(group["lr"]) for group in optimizer.param_groups]
+        else:
+            factor = overlay._factor(overlay.own)
+            rates += [float(rate * factor) for rate in overlay.own]
+    return rates
+
+
+@dataclass
+class StepSize:
+    """Samples of an optimizer step: a loader batch's, times the accumulation, times the processes that share the data.
+
+    Of several loaders, all of which give a batch to each step, the sum. Where a loader does not tell its batch size
+    (`batch_size=None`, a custom batch sampler), the samples of its first batch are counted, once for each loader.
+    """
+
+    _counted: tuple[list[Any], int] = field(default=([], 0), repr=False)  # loaders, and samples of their first batch
+
+    def now(self, trainer: Any, batch: Any = None) -> int | None:
+        """Looks.
+
+        Args:
+            trainer: The Trainer, in `on_train_epoch_start` or later.
+            batch: The batch at hand, where there is one.
+
+        Returns:
+            The samples, or None where only a batch can tell.
+        """
+        loaders = trainer.fit_loop._combined_loader.flattened
+        sizes = [_batch_size(loader) for loader in loaders]
+        total = sum(size for size in sizes if size)
+        if None in sizes:
+            known, samples = self._counted
+            if [id(each) for each in known] != [id(each) for each in loaders]:
+                if batch is None:
+                    return None
+                samples = int(trainer.strategy.broadcast(num_samples_of(batch)))  # the same on all processes
+                self._counted = (list(loaders), samples)
+            total += samples
+        return total * int(trainer.accumulate_grad_batches) * _sharing(trainer)
+
+
+def _batch_size(loader: Any) -> int | None:
+    """Samples of a loader's batches, where it tells."""
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if not isinstance(size, int) or size < 1:
+        return None
+    try:
+        return max(1, min(size, len(loader.sampler)))  # one batch may be all there is
+    except (AttributeError, TypeError):  # a stream
+        return size
+
+
+def _sharing(trainer: Any) -> int:
+    """Processes that each draw samples of their own."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refuse_other_steps(trainer: Any, pl_module: Any, name: str) -> None:
+    """Raises at `setup` where steps are not Lightning's.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module that it is about to train.
+        name: The callback's name, for the message.
+
+    Raises:
+        MisconfigurationException: With what is wrong and the way out.
+    """
+    strategy = type(trainer.strategy).__name__
+    if "DeepSpeed" in strategy:
+        raise MisconfigurationException(
+            f"{name} does not support strategy={strategy}: its engine steps and schedules by itself, so the rate of a "
+            f"step cannot be changed from outside. Use another strategy, or {name}(dry_run=True) to read what it would "
+            "do."
+        )
+    if not getattr(pl_module, "automatic_optimization", True):
+        raise MisconfigurationException(
+            f"{name} does not support automatic_optimization=False: {type(pl_module).__name__} decides itself when "
+            "which of its optimizers steps, and several optimizers (as a GAN has) have no common learning rate. Scale "
+            "the rates where they are set, with lightning_eoss.theory.scaling.scale_learning_rate(...)."
+        )
+
+
+def the_optimizer(trainer: Any, name: str) -> Optimizer:
+    """The optimizer of a Trainer, at `on_fit_start` or later.
+
+    Args:
+        trainer: The Trainer.
+        name: The callback's name, for the message.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        MisconfigurationException: If there are several, or if it has no learning rates.
+    """
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"{name} works with one optimizer, and this Trainer has {len(trainer.optimizers)}: which of them a batch "
+            "size or an edge ratio belongs to is not known. Scale their rates in configure_optimizers."
+        )
+    optimizer: Optimizer = trainer.optimizers[0]
+    rates = [group.get("lr") for group in getattr(optimizer, "param_groups", [])]
+    if not rates or not all(isinstance(rate, (int, float, Tensor)) for rate in rates):
+        raise MisconfigurationException(
+            f"{name} found the learning rates {rates} in {type(optimizer).__name__}, and they are no numbers: there is "
+            "nothing to rescale. Give the optimizer a learning rate, or leave the callback out."
+        )
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise MisconfigurationException(
+            f"{name} cannot reach into the steps of {type(optimizer).__name__}: it has no register_step_pre_hook. "
+            "Derive it from torch.optim.Optimizer."
+        )
+    return optimizer
+
+
+def largest_rate(rates: Sequence[Any]) -> float:
+    """The largest of some rates, numbers or tensors.
+
+    Args:
+        rates: The rates.
+
+    Returns:
+        The largest; NaN is none.
+
+    Example:
+        >>> largest_rate([0.1, torch.tensor(0.5)])
+        0.5
+    """
+    return max((float(rate) for rate in rates), default=math.nan)
