@@ -43,11 +43,11 @@ class LearningRateRescaler(Callback):
     checkpoints and the module's hooks see the rates that they set (also if ``training_step`` logs one itself).
     LearningRateMonitor and the monitors of this package see the rate that is used; they are moved behind this callback.
 
-    **Choosing a limit.** Both are judged on the directional edge ratio. Under plain SGD it rises by itself until it
-    settles at 1, whatever the batch size: choose 1. A limit below that does not hold a network still. It goes on
-    sharpening, and the rate follows, down and down. With momentum :math:`\mu` and small batches choose
-    :math:`(1 - \mu) / (1 + \mu)` at most, where it settles then: more is beyond the edge, and lets a training diverge.
-    MiniBS (``judged_on="MiniBS"``) lies above 1 at the edge, the more the smaller the batches.
+    **Choosing them.** Both are judged on the directional edge ratio. Under plain SGD it rises by itself until it swings
+    around 1, whatever the batch size. So choose a target of 1, and a limit with room for the swings, 1.2. Less does not
+    hold a network still: it goes on sharpening, and the rate follows, down and down. But with momentum :math:`\mu` and
+    small batches it settles at :math:`(1 - \mu) / (1 + \mu)`. There, choose no more than that: training may diverge
+    below 1. MiniBS (``judged_on="MiniBS"``) lies above 1 at the edge, the more the smaller the batches.
 
     A measurement counts for the very step that it was taken for. What is NaN, of another batch size, or of an earlier
     step changes nothing. A rate is lowered on the mean, and raised on the upper end of the 95 % interval alone.

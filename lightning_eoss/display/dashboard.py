@@ -276,7 +276,7 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
         ),
     ),
     "Weights": (
-        _Chart("Distance from the start", "it grows like log t", (WEIGHTS_DISTANCE,), smoothed=True),
+        _Chart("Distance from the start", "like log t, if Hoffer et al. are right", (WEIGHTS_DISTANCE,), smoothed=True),
         _Chart("Angle between displacements", "90 degrees: a random walk", (WEIGHTS_ANGLE,), smoothed=True),
         _Chart(
             "Which law the distance follows",
