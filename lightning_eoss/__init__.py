@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lightning_eoss.callbacks.gradient_noise import GradientNoiseMonitor as GradientNoiseMonitor
+    from lightning_eoss.callbacks.injector import GradientNoiseInjector as GradientNoiseInjector
     from lightning_eoss.callbacks.rescaler import LearningRateRescaler as LearningRateRescaler
     from lightning_eoss.callbacks.sharpness import SharpnessMonitor as SharpnessMonitor
     from lightning_eoss.callbacks.spectral_learning_rate import SpectralLearningRate as SpectralLearningRate
     from lightning_eoss.callbacks.spectrum import SpectralDensityMonitor as SpectralDensityMonitor
+    from lightning_eoss.callbacks.weights import WeightDistanceMonitor as WeightDistanceMonitor
     from lightning_eoss.curvature.measure import Eigenvalue as Eigenvalue
     from lightning_eoss.curvature.measure import SharpnessMeasurement as SharpnessMeasurement
     from lightning_eoss.curvature.measure import measure_sharpness as measure_sharpness
+    from lightning_eoss.curvature.potential import RandomPotential as RandomPotential
+    from lightning_eoss.curvature.potential import random_potential as random_potential
     from lightning_eoss.curvature.predict import SharpnessPrediction as SharpnessPrediction
     from lightning_eoss.curvature.predict import predict_sharpness as predict_sharpness
     from lightning_eoss.curvature.spectrum import Spectra as Spectra
@@ -24,32 +29,42 @@ if TYPE_CHECKING:
 _HOME = {
     "Eigenvalue": "curvature.measure",
     "Estimate": "theory.statistics",
+    "GradientNoiseInjector": "callbacks.injector",
+    "GradientNoiseMonitor": "callbacks.gradient_noise",
     "LearningRateRescaler": "callbacks.rescaler",
     "MiniBatchSharpness": "metrics",
+    "RandomPotential": "curvature.potential",
     "SharpnessMeasurement": "curvature.measure",
     "SharpnessMonitor": "callbacks.sharpness",
     "SharpnessPrediction": "curvature.predict",
     "Spectra": "curvature.spectrum",
     "SpectralDensityMonitor": "callbacks.spectrum",
     "SpectralLearningRate": "callbacks.spectral_learning_rate",
+    "WeightDistanceMonitor": "callbacks.weights",
     "measure_sharpness": "curvature.measure",
     "measure_spectra": "curvature.spectrum",
     "predict_sharpness": "curvature.predict",
+    "random_potential": "curvature.potential",
 }
 __all__ = [
     "Eigenvalue",
     "Estimate",
+    "GradientNoiseInjector",
+    "GradientNoiseMonitor",
     "LearningRateRescaler",
     "MiniBatchSharpness",
+    "RandomPotential",
     "SharpnessMeasurement",
     "SharpnessMonitor",
     "SharpnessPrediction",
     "Spectra",
     "SpectralDensityMonitor",
     "SpectralLearningRate",
+    "WeightDistanceMonitor",
     "measure_sharpness",
     "measure_spectra",
     "predict_sharpness",
+    "random_potential",
 ]
 
 

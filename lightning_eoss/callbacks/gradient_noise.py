@@ -1,0 +1,227 @@
+"""`GradientNoiseMonitor`: how much the gradient of a mini-batch scatters while a model trains, and by which law."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_eoss.curvature.gradient_noise import GradientNoise, gradient_noise
+from lightning_eoss.curvature.measure import check_arguments, check_batch_size
+from lightning_eoss.curvature.objective import BatchListSource, Objective, derived_seed
+from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.solver import Plan, Solver
+from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display.gradient_noise import noise_scalars, write_noise
+from lightning_eoss.training.agenda import Agenda
+from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen
+from lightning_eoss.training.schedule import check_schedule
+from lightning_eoss.training.watch import UNPAID, Watch, now
+
+_PASSES = 60  # over the full batch, products or what takes as long, of one measurement
+
+
+class GradientNoiseMonitor(Callback):
+    r"""Shows, while a model trains, the variance of the mini-batch gradient, the law that it follows, and its scale.
+
+    Not one bit of training is changed. Scalars (`gradient_noise/...`) go to every logger: tr C, the variance of a
+    single sample's gradient; the variance at training's batch size, as it follows from tr C and as it is measured over
+    random batches; the noise scales tr C / |g|^2 and tr HC / g'Hg; |g|^2; the cosine between g and the Hessian's
+    top eigenvector. TensorBoard also gets the variance against the batch size as a figure, where matplotlib is
+    installed. Of a loss that is no mean over samples, single samples have no gradients: the variance is measured and
+    not predicted, and there are no scales.
+
+    Cost: 30 to 60 passes over the full batch, and `num_batches` gradients of a batch at each of up to five batch sizes.
+    Beside a `SharpnessMonitor` that measures at the same step, the full batch is loaded once for both.
+
+    Args:
+        every_n_train_steps: Measure before every n-th optimizer step.
+        overhead: Measure as often as this share of the wall time allows. At most one of the two; neither means 0.05.
+        max_seconds: Upper limit of one measurement: the full batch is cut to a subset that fits, and so is the number
+            of batches, once and said.
+        num_batches: Random batches that the variance is measured over.
+        batch_size: Their samples; None: those of a step of training.
+        full_batch_samples: The full batch is a fixed random subset of this size; None: all samples.
+        loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`, where that cannot be evaluated
+            twice.
+        dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches.
+        seed: Fixes all random numbers of the monitor.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: At `setup`, if the training cannot be monitored.
+
+    Example:
+        >>> GradientNoiseMonitor(every_n_train_steps=500).num_batches
+        32
+
+    Source: "The Impact of the Mini-batch Size on the Dynamics of SGD: Variance and Beyond", Lemma 1; McCandlish,
+    Kaplan, Amodei et al., "An empirical model of large-batch training", 2018.
+    """
+
+    shares_batches = True
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        overhead: float | None = None,
+        max_seconds: float = 60.0,
+        num_batches: int = 32,
+        batch_size: int | None = None,
+        full_batch_samples: int | None = 8192,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        dataloader: Iterable[Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_arguments(
+            rel_error=0.05,
+            num_batches=num_batches,
+            full_batch_samples=full_batch_samples,
+            seed=seed,
+            batch_size=batch_size,
+            loss_fn=loss_fn,
+        )
+        check_schedule(every_n_train_steps, overhead, max_seconds)
+        if num_batches < 2:
+            raise ValueError(f"num_batches={num_batches} must be at least 2: one batch has no variance.")
+        self.num_batches = num_batches
+        self.batch_size = batch_size
+        self.full_batch_samples = full_batch_samples
+        self.max_seconds = max_seconds
+        self.seed = seed
+        share = 0.05 if every_n_train_steps is None and overhead is None else overhead
+        self._agenda = Agenda(("noise",), every_n_train_steps, share)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, page=tags.write_layout)
+        self._findings: Findings | None = None
+        self._plan: Plan | None = None
+        self.last: GradientNoise | None = None  # what was measured last
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
+        return self._watch.history
+
+    @property
+    def dashboard_categories(self) -> frozenset[str]:
+        """What it shows on the dashboard."""
+        return frozenset({tags.GRADIENT_NOISE})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
+        if stage == "fit":
+            self._watch.count_twins(trainer, self)
+            refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
+            self._findings = self._plan = self._watch.data = self.last = None
+            self._agenda.forget()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock."""
+        refuse_frozen(pl_module, type(self).__name__)
+        self._watch.begin()
+        self._agenda.begin()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says so where the schedule came to nothing."""
+        if self._plan is not None and self.last is None:
+            self._watch.say(UNPAID)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measures before the step, where it is time."""
+        try:
+            if self._due(trainer):
+                self._look(trainer, pl_module, batch_idx)
+        finally:
+            self._watch.release(trainer, self)
+
+    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Measures, and keeps account of the time."""
+        arrived = now(pl_module)  # what the device is still doing is training's
+        try:
+            with self._watch.forgiving(first=self._plan is None):
+                self._measure(trainer, pl_module, batch_idx)
+        finally:
+            self._agenda.tried(trainer.global_step)
+            self._watch.spent += now(pl_module) - arrived
+
+    def _due(self, trainer: Any) -> bool:
+        """Whether it is time."""
+        return bool(self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed))
+
+    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Measures and shows it."""
+        stream = trainer.global_step
+        with self._watch.objective(trainer, pl_module, batch_idx) as (objective, _):
+            if self._plan is None:
+                self._prepare(trainer, objective)
+                if self._plan is None or not self._due(trainer):
+                    return
+            assert self._findings is not None
+            size, parts = self._step_size(trainer)
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, 15, stream))
+            self.last = gradient_noise(
+                Solver(objective, replace(self._plan, batch_size=size, parts=parts), self._findings, generator),
+                None if self.last is None else self.last.warm,
+                num_batches=self._plan.num_batches,
+                stream=stream,
+            )
+        self._agenda.charge("noise", self.last.seconds)
+        step = self._watch.publish(trainer, noise_scalars(self.last))
+        for logger in trainer.loggers:
+            write_noise(getattr(logger, "experiment", None), self.last, step)
+
+    def _step_size(self, trainer: Any) -> tuple[int, int]:
+        """Samples of a loader batch as it is now, and how many of them a step has."""
+        data = self._watch.data
+        assert data is not None
+        if self.batch_size is not None:
+            return self.batch_size, 1
+        there = data.source.num_samples // data.batch_size
+        return data.batch_size, max(1, min(effective_parts(trainer), there))
+
+    def _prepare(self, trainer: Any, objective: Objective) -> None:
+        """Finds out what the loss allows and what a measurement costs, and says so."""
+        data = self._watch.data
+        assert data is not None
+        if self.batch_size is not None and isinstance(data.source, BatchListSource):
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
+                "or pass a DataLoader over a map-style data set."
+            )
+        size, parts = self._step_size(trainer)
+        check_batch_size(size * parts, data.source.num_samples)
+        findings = preflight(objective, size, parts=parts, seed=self.seed)
+        for warning in findings.warnings:
+            self._watch.say(warning)
+        if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
+            return
+        if findings.reduction != "mean":
+            self._watch.say(
+                "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, "
+                "class weights, fewer than three samples), so single samples have no gradients: the variance of the "
+                "batch gradient is measured and not predicted, and there are no noise scales."
+            )
+        affordable = int(self.max_seconds / 4 / findings.seconds)
+        count = max(2, min(self.num_batches, affordable))
+        full = min(self.full_batch_samples or data.source.num_samples, data.source.num_samples)
+        sample_seconds = _PASSES * findings.seconds / (size * parts)  # for each sample of the full batch
+        kept = max(size * parts, min(full, int(0.75 * self.max_seconds / sample_seconds)))
+        self._findings = findings
+        self._plan = Plan(size, parts, num_batches=count, full_batch_samples=kept, seed=self.seed)
+        seconds = kept * sample_seconds + count * findings.seconds
+        self._agenda.expect({"noise": seconds})
+        what = f"gradient noise of {kept:,} of {data.source.num_samples:,} samples and of {count} batches"
+        notes = [f"{what} of {size * parts}", f"about {seconds:.2g} s"]
+        if data.sampler is not None:
+            notes.append("the sampler is not uniform, the batches are")
+        self._watch.announce(notes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history and what measurements cost."""
+        return {"history": self.history, "ledgers": self._agenda.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the saved monitor stood."""
+        self._watch.history = list(state_dict["history"])
+        self._agenda.load_state_dict(state_dict["ledgers"])

@@ -1,0 +1,142 @@
+"""Gradients of single samples, where the loss of a batch is the mean over its samples' losses."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_eoss.curvature.objective import Objective, Part, split
+from lightning_eoss.curvature.operators import _LossOf, gradient_graph, krylov_dtype
+
+TOLERANCE = 1e-3  # of their mean against the part's own gradient, in units of their root mean square norm
+
+
+def per_sample_gradients(objective: Objective, part: Part) -> Tensor:
+    r"""Gradients of the losses of a part's single samples.
+
+    .. math:: g_i = \nabla \ell_i(\theta), \qquad \frac1b \sum_{i=1}^b g_i = \nabla L_B(\theta)
+
+    All at once through `torch.vmap` where the module allows it, else one after another. Which is found out by trying:
+    what was cut from the batch must have the batch's gradient as its mean.
+
+    Cost: what b P numbers take to be written: three gradients of the part for convolutions, up to fifty for wide linear
+    layers on a CPU. And one gradient to compare with; b more where they are taken one after another.
+
+    Args:
+        objective: The loss, a mean over samples (`Findings.reduction == "mean"`); of others no sample has a loss.
+        part: The samples. All their gradients must fit the memory: `sample_gradients` takes a few at a time.
+
+    Returns:
+        (b, P), in the Krylov dtype, in the order of the samples.
+    """
+    rows = torch.cat(list(sample_gradients(objective, part, part.size)))
+    if is_mean(rows.mean(0), gradient_graph(objective, part, create_graph=False).gradient, rows.square().sum(1).mean()):
+        return rows
+    return torch.stack([_alone(objective, piece) for piece in split((part,), 1)])
+
+
+def sample_gradients(objective: Objective, part: Part, at_once: int) -> Iterator[Tensor]:
+    """The same a few samples at a time, cut from the loaded part, so that no sample is loaded twice.
+
+    Cost: the same, without the comparison. Whoever adds them up should ask `is_mean` in the end.
+
+    Args:
+        objective: The loss, a mean over samples.
+        part: The samples.
+        at_once: Gradients that are held together, at most.
+
+    Yields:
+        (at_once, P), the last block may be smaller.
+    """
+    batch, size = objective.load(part), part.size
+    if not _is_cuttable(batch, size):
+        for piece in split((part,), 1):  # no telling where one sample ends
+            yield _alone(objective, piece)[None]
+        return
+    for first in range(0, size, at_once):
+        some = _cut(batch, first, min(first + at_once, size))
+        objective.prepare(part)
+        try:
+            rows = _together(objective, some)
+        except Exception:  # vmap refuses in many ways, from within user code; one by one needs none of it
+            pieces = (_cut(batch, place, place + 1) for place in range(first, min(first + at_once, size)))
+            ready = (replace(part, weight=1.0, size=1, indices=(), data=piece) for piece in pieces)
+            rows = torch.stack([_alone(objective, piece) for piece in ready])
+        yield rows
+
+
+def vectorises(objective: Objective, part: Part) -> bool:
+    """Whether `vmap` takes the samples of a part all at once; else each costs a gradient of its own.
+
+    Args:
+        objective: The loss.
+        part: The samples, of which two are tried.
+
+    Returns:
+        Whether it does.
+    """
+    batch = objective.load(part)
+    if not _is_cuttable(batch, part.size):
+        return False
+    objective.prepare(part)
+    try:
+        _together(objective, _cut(batch, 0, 2))
+    except Exception:  # as above
+        return False
+    return True
+
+
+def is_mean(mean: Tensor, gradient: Tensor, mean_square: Tensor) -> bool:
+    """Whether gradients of samples belong to a batch.
+
+    Args:
+        mean: (P,) mean of the samples' gradients.
+        gradient: (P,) the gradient of their batch.
+        mean_square: Mean of their squared norms, a scalar.
+
+    Returns:
+        Whether the two agree but for rounding; never where something is not finite.
+    """
+    return bool((mean - gradient).norm() <= TOLERANCE * mean_square.sqrt())
+
+
+def _together(objective: Objective, batch: Any) -> Tensor:
+    """(b, P) by `vmap` over the samples, each a batch of one with parameters of its own.
+
+    As `Stacked` does it. `torch.func.grad` would spare the copies of the parameters, and hangs for good where a loss
+    writes one of its tensors to another's `.data`, as older code does for a teacher that is a moving average.
+    """
+    loss_of = _LossOf(objective.module, objective.loss)
+    names = {id(parameter): name for name, parameter in loss_of.named_parameters()}
+    count = len(tree_leaves(batch)[0])
+    copies = {
+        names[id(parameter)]: parameter.detach().expand(count, *parameter.shape).requires_grad_()
+        for parameter in objective.parameters
+    }
+
+    def loss(parameters: dict[str, Tensor], sample: Any) -> Any:
+        return functional_call(loss_of, parameters, (tree_map(lambda leaf: leaf.unsqueeze(0), sample),))
+
+    losses = torch.vmap(loss, randomness="different")(copies, batch)
+    gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=True, materialize_grads=True)
+    dtype = krylov_dtype(objective)
+    return torch.cat([each.reshape(count, -1).to(dtype) for each in gradients], dim=1)
+
+
+def _alone(objective: Objective, piece: Part) -> Tensor:
+    """(P,) the gradient of one sample."""
+    return gradient_graph(objective, piece, create_graph=False).gradient
+
+
+def _is_cuttable(batch: Any, size: int) -> bool:
+    """Whether samples lie along the first dimension, as far as can be seen."""
+    return all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size for leaf in tree_leaves(batch))
+
+
+def _cut(batch: Any, first: int, last: int) -> Any:
+    """Some samples of a batch of tensors."""
+    return tree_map(lambda leaf: leaf[first:last].clone(), batch)
