@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from benchmarks import edge_on_digits, random_matrix, solver, stacking
+from benchmarks import edge_on_digits, optimizers, random_matrix, solver, stacking
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +23,14 @@ def main() -> None:
 ## Digits: where the sharpness settles (means over the last third, in units of 2/lr)
 
 {edge_on_digits.table()}
+
+## Optimizers: edge ratios along training, MiniBS / FullBS / directional
+
+{optimizers.table()}
+
+## Momentum .9: means over the last third
+
+{optimizers.momentum_table()}
 
 ## Solver: what a warm start costs and misses
 

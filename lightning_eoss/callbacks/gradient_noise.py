@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_eoss.curvature.gradient_noise import GradientNoise, gradient_noise
 from lightning_eoss.curvature.measure import check_arguments, check_batch_size
-from lightning_eoss.curvature.objective import BatchListSource, Objective, derived_seed
+from lightning_eoss.curvature.objective import Objective, derived_seed
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.gradient_noise import noise_scalars, write_noise
 from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen
+from lightning_eoss.training.probe import check_chosen_batch_size, effective_parts, refuse, refuse_frozen
 from lightning_eoss.training.schedule import check_schedule
 from lightning_eoss.training.watch import UNPAID, Watch, now
 
@@ -184,11 +184,7 @@ class GradientNoiseMonitor(Callback):
         """Finds out what the loss allows and what a measurement costs, and says so."""
         data = self._watch.data
         assert data is not None
-        if self.batch_size is not None and isinstance(data.source, BatchListSource):
-            raise ValueError(
-                f"batch_size={self.batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
-                "or pass a DataLoader over a map-style data set."
-            )
+        check_chosen_batch_size(self.batch_size, data)
         size, parts = self._step_size(trainer)
         check_batch_size(size * parts, data.source.num_samples)
         findings = preflight(objective, size, parts=parts, seed=self.seed)

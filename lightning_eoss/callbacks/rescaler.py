@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning_eoss.curvature.measure import number, whole
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.theory.control import CurvePoint, Reading, batch_factor, limit_rate, saturation, steer
+from lightning_eoss.theory.optimizers import PLAIN
 from lightning_eoss.theory.scaling import Rule, scaling_rule
 from lightning_eoss.theory.statistics import scaled
 from lightning_eoss.training.probe import logging_step
@@ -62,7 +63,8 @@ class LearningRateRescaler(Callback):
         dead_band: Relative deviation from the target at which the controller does nothing.
         max_change: Largest factor by which a measurement changes the rate, unless it is surely too high.
         cool_down: Steps after a change in which a measurement changes nothing, unless the rate is surely too high.
-        warm_up: Steps at the start in which the controller does nothing.
+        warm_up: Steps at the start in which no measurement changes the rate; None: 10 for adaptive optimizers, whose
+            preconditioner has seen too few gradients before, and 0 for SGD.
         min_scale: Neither controller nor limit lower the schedule's rate by more than this factor.
         max_scale: The controller raises it by no more than this factor; 1: it only protects.
         dry_run: Show what would be done and do nothing.
@@ -90,7 +92,7 @@ class LearningRateRescaler(Callback):
         dead_band: float = 0.15,
         max_change: float = 1.1,
         cool_down: int = 10,
-        warm_up: int = 0,
+        warm_up: int | None = None,
         min_scale: float = 1e-3,
         max_scale: float = 1.0,
         dry_run: bool = False,
@@ -156,7 +158,11 @@ class LearningRateRescaler(Callback):
                 f"{name} and SpectralLearningRate are both in this Trainer: one learns the rate anew at each "
                 "batch size, the other would multiply it by the rule once more. Leave one, or set dry_run=True for one."
             )
-        self._monitor = next((each for each in trainer.callbacks if hasattr(each, "latest")), None)
+        if trainer.global_step == 0:  # another Trainer; a checkpoint is loaded later
+            self._forget()
+        measuring = [each for each in trainer.callbacks if isinstance(getattr(each, "latest", 0), Reading | None)]
+        measuring.sort(key=lambda each: getattr(each, "batch_size", None) is not None)  # that of steps comes first
+        self._monitor = measuring[0] if measuring else None
         for argument in ("max_edge_ratio", "target_edge_ratio"):
             if getattr(self, argument) is not None and self._monitor is None:
                 raise MisconfigurationException(
@@ -178,8 +184,7 @@ class LearningRateRescaler(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reaches into the optimizer's steps, after a checkpoint has been loaded."""
-        if trainer.global_step == 0:
-            self._forget()
+        self._step_size, self._stepped, self._used = StepSize(), None, -1
         self._held: bool | None = None  # whether the limit is what counts
         self._news = True  # whether there is something to log
         self._logged = -1  # where it was logged last
@@ -344,7 +349,7 @@ class LearningRateRescaler(Callback):
     def _follow(self, reading: Reading, largest: float, step: int) -> list[str]:
         """Judges a measurement by limit and target; the reasons for what changes."""
         assert self._stepped is not None and self._size is not None
-        if self.max_edge_ratio is None and self.target_edge_ratio is None:
+        if (self.max_edge_ratio is None and self.target_edge_ratio is None) or step < self._first_step():
             return []
         if reading.batch_size != min(self._size, reading.num_samples):
             self._watch.say(
@@ -361,7 +366,7 @@ class LearningRateRescaler(Callback):
             self._limit = limit_rate(limit, rate, ratio, self.max_edge_ratio, max_change=most)
             if limit != self._limit:
                 crossed.append(f"max_edge_ratio={self.max_edge_ratio}")
-        if self.target_edge_ratio is not None and step >= self.warm_up:
+        if self.target_edge_ratio is not None:
             self._control = steer(
                 control,
                 scaled(ratio, largest * control / rate),  # at the rate that comes, and without the limit
@@ -376,18 +381,28 @@ class LearningRateRescaler(Callback):
                 crossed.append(f"target_edge_ratio={self.target_edge_ratio}")
         return [f"the {self.judged_on} edge ratio was {ratio}, with {' and '.join(crossed)}"] if crossed else []
 
+    def _first_step(self) -> int:
+        """The first whose measurement may change the rate."""
+        if self.warm_up is not None:
+            return self.warm_up
+        return 0 if isinstance(self._overlay.optimizer, tuple(PLAIN)) else _YOUNG
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The factor's parts and what they rest on: plain numbers."""
-        return {name: getattr(self, f"_{name}") for name in _SAVED}
+        asked = {"rule": self.rule, "max_edge_ratio": self.max_edge_ratio, "history": self.history}
+        return {name: getattr(self, f"_{name}") for name in _SAVED} | asked
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved callback stood."""
         for name in _SAVED:
             setattr(self, f"_{name}", state_dict[name])
-        if self.max_edge_ratio is None:
-            self._limit = math.inf
+        self._watch.history = list(state_dict["history"])
+        was = state_dict["max_edge_ratio"]
+        self._limit = self._limit * self.max_edge_ratio / was if self.max_edge_ratio and was else math.inf
+        if self.rule != state_dict["rule"]:  # from the base on by the new one
+            self._size, self._batch_factor = None, 1.0
         if self.target_edge_ratio is None:
             self._control = 1.0
         if self.base_batch_size not in (None, self._base):  # another one by now: the rule starts anew
@@ -395,10 +410,11 @@ class LearningRateRescaler(Callback):
             self._batch_factor = 1.0
 
 
+_YOUNG = 10  # steps until an adaptive optimizer's limits say something: the first gradient's are ten times too low
 _SAVED = ("base", "size", "batch_factor", "control", "changed", "limit", "full", "mini")
 
 
-def _check(rule: str, base_batch_size: int | None, judged_on: str, cool_down: int, warm_up: int) -> None:
+def _check(rule: str, base_batch_size: int | None, judged_on: str, cool_down: int, warm_up: int | None) -> None:
     """Refuses what names nothing and counts nothing."""
     if rule not in ("auto", "linear", "sqrt"):
         raise ValueError(f"rule={rule!r} is unknown: use 'linear', 'sqrt', or 'auto' for what the optimizer needs.")
@@ -410,7 +426,7 @@ def _check(rule: str, base_batch_size: int | None, judged_on: str, cool_down: in
             raise ValueError(
                 f"base_batch_size={base_batch_size} must be positive, or None for the batch size of the first step."
             )
-    for name, steps in (("cool_down", cool_down), ("warm_up", warm_up)):
+    for name, steps in (("cool_down", cool_down), ("warm_up", 0 if warm_up is None else warm_up)):
         whole(name, steps)
         if steps < 0:
             raise ValueError(f"{name}={steps} must be a number of steps; 0 is none.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
 from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure
-from lightning_eoss.curvature.objective import Batch, BatchListSource, Objective, derived_seed
+from lightning_eoss.curvature.objective import Batch, Objective, derived_seed
 from lightning_eoss.curvature.operators import Curvature, Scaling, krylov_like
 from lightning_eoss.curvature.predict import SharpnessPrediction, predict
 from lightning_eoss.curvature.preflight import Findings, preflight
@@ -31,6 +31,7 @@ from lightning_eoss.training.plan import FIRST_BATCHES, foreseen, predictable
 from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
+    check_chosen_batch_size,
     effective_parts,
     limits_to_come,
     refuse,
@@ -342,11 +343,7 @@ class SharpnessMonitor(Callback):
         """Finds out what the loss allows and what a measurement costs, cuts what is too dear, and says so in a line."""
         data = self._watch.data
         assert data is not None
-        if self.batch_size is not None and isinstance(data.source, BatchListSource):
-            raise ValueError(
-                f"batch_size={self.batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
-                "or pass a DataLoader over a map-style data set."
-            )
+        check_chosen_batch_size(self.batch_size, data)
         batch_size, parts = self.batch_size or data.batch_size, self._parts(trainer)
         check_batch_size(batch_size, data.source.num_samples)
         findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)

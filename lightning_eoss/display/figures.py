@@ -5,7 +5,7 @@ used through its objects alone: neither pyplot nor a backend of the caller's is 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,28 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
         axes.set_ylabel("edge ratio" if in_limits else "sharpness")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure
+
+
+def write_figure(experiment: Any, tag: str, draw: Callable[[], "Figure"], step: int) -> None:
+    """Writes a picture into a run.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_figure` and matplotlib is
+            installed.
+        tag: Its name.
+        draw: Draws it.
+        step: Position on the x-axis, the one of the scalars.
+    """
+    if not hasattr(experiment, "add_figure"):
+        return
+    try:
+        figure = draw()
+    except ImportError:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)  # TensorBoard draws through the figure's own canvas
+    experiment.add_figure(tag, figure, step, close=False)
 
 
 @contextmanager

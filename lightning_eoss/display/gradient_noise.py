@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_eoss.curvature.gradient_noise import GradientNoise
 from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.figures import BLUE, GREY, VERMILLION, blank
+from lightning_eoss.display.figures import BLUE, GREY, VERMILLION, blank, write_figure
 from lightning_eoss.display.scalars import finite, with_interval
 
 if TYPE_CHECKING:
@@ -97,13 +97,4 @@ def write_noise(experiment: Any, noise: GradientNoise, step: int) -> None:
         noise: What was measured.
         step: Position on the x-axis, the one of the scalars.
     """
-    if not hasattr(experiment, "add_figure"):
-        return
-    try:
-        figure = noise_figure(noise)
-    except ImportError:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)  # TensorBoard draws through the figure's own canvas
-    experiment.add_figure(tags.NOISE_CURVE, figure, step, close=False)
+    write_figure(experiment, tags.NOISE_CURVE, lambda: noise_figure(noise), step)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_eoss.curvature.spectrum import Spectra
 from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.figures import BLUE, GREY, INK, VERMILLION, blank
+from lightning_eoss.display.figures import BLUE, GREY, INK, VERMILLION, blank, write_figure
 from lightning_eoss.display.scalars import finite, with_interval
 from lightning_eoss.theory.random_matrix import wigner_edge, wigner_outlier
 from lightning_eoss.theory.statistics import Estimate
@@ -99,13 +99,4 @@ def write_spectrum(experiment: Any, spectra: Spectra, step: int) -> None:
         spectra: What was measured.
         step: Position on the x-axis, the one of the scalars.
     """
-    if not hasattr(experiment, "add_figure"):
-        return
-    try:
-        figure = spectrum_figure(spectra)
-    except ImportError:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)  # TensorBoard draws through the figure's own canvas
-    experiment.add_figure(tags.SPECTRUM, figure, step, close=False)
+    write_figure(experiment, tags.SPECTRUM, lambda: spectrum_figure(spectra), step)

@@ -302,6 +302,23 @@ def training_data(
     return TrainingData(BatchListSource(batches, [num_samples_of(batch) for batch in batches], transfer), 1, ())
 
 
+def check_chosen_batch_size(batch_size: int | None, data: TrainingData) -> None:
+    """Raises where batches of a chosen size cannot be drawn.
+
+    Args:
+        batch_size: What a user chose; None: training's own.
+        data: Where batches come from.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if batch_size is not None and isinstance(data.source, BatchListSource):
+        raise ValueError(
+            f"batch_size={batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
+            "or pass a DataLoader over a map-style data set."
+        )
+
+
 def _first_samples(batches: Iterable[Any], count: int | None) -> Iterator[Any]:
     """Batches until so many samples have come."""
     seen = 0

@@ -76,7 +76,7 @@ class Overlay:
         # A step that a GradScaler skips calls none of them: its rates are not touched.
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(lambda *_: self.undo()),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     def detach(self) -> None:
@@ -134,6 +134,10 @@ class Overlay:
         for state in checkpoint.get("optimizer_states", [])[:1]:
             for group, own in zip(state.get("param_groups", []), self.own, strict=False):
                 group["lr"] = own
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Uncovers the rates."""
+        self.undo()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Covers the rates, but not for the training step that the optimizer calls."""
@@ -344,8 +348,7 @@ def refuse_other_steps(trainer: Any, pl_module: Any, name: str) -> None:
     if "DeepSpeed" in strategy:
         raise MisconfigurationException(
             f"{name} does not support strategy={strategy}: its engine steps and schedules by itself, so the rate of a "
-            f"step cannot be changed from outside. Use another strategy, or {name}(dry_run=True) to read what it would "
-            "do."
+            "step cannot be changed from outside. Use another strategy, or scale the rates where they are set."
         )
     if not getattr(pl_module, "automatic_optimization", True):
         raise MisconfigurationException(

@@ -5,6 +5,7 @@ of one.
 """
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -931,6 +932,102 @@ def test_limits_that_are_no_longer_wanted_are_gone(tmp_path: Path) -> None:
         assert module.seen[-1] == pytest.approx([0.025])
         trained(tmp_path / f"{name}_resumed", resumed, rescaler(), max_epochs=1, ckpt_path=path)
         assert resumed.seen == [[0.1]] * 2
+
+
+def test_the_same_callbacks_go_on_from_an_earlier_checkpoint(tmp_path: Path) -> None:
+    """As in a notebook, after a training that went wrong."""
+    path, ratios, options = tmp_path / "saved.ckpt", {8: 2.0}, {"max_edge_ratio": 1.0}
+    ours, told = rescaler(**options), ToldMonitor(ratios)
+    trained(tmp_path / "a", Scheduled(rates=(0.1,)), ours, told, Save(path, 3), max_epochs=2)
+    again = Scheduled(rates=(0.1,))
+    trained(tmp_path / "b", again, ours, ToldMonitor(ratios), ckpt_path=path, max_epochs=2)
+    assert again.seen == [[0.1]] * 5 + [[0.05]] * 4
+
+
+def test_nothing_is_left_of_an_earlier_training_where_a_checkpoint_knows_nothing(tmp_path: Path) -> None:
+    ours, path = rescaler(max_edge_ratio=1.0), tmp_path / "saved.ckpt"
+    trained(tmp_path / "a", Scheduled(rates=(0.1,)), ours, ToldMonitor({2: 4.0}), max_epochs=1)
+    fit(tmp_path / "b", Scheduled(rates=(0.1,)), loader(batch_size=8), Save(path, 2), max_epochs=1)
+    module = Scheduled(rates=(0.1,))
+    fit(tmp_path / "c", module, loader(batch_size=8), ours, ToldMonitor({}), ckpt_path=path, max_epochs=2)
+    assert module.seen == [[0.1]] * 4
+
+
+def test_a_checkpoint_before_the_first_step_holds_the_base(tmp_path: Path) -> None:
+    path, resumed = tmp_path / "saved.ckpt", Scheduled(rates=(0.1,))
+    fit(
+        tmp_path / "a", Scheduled(rates=(0.1,)), loader(), rescaler(), Save(path, 1), max_epochs=1,
+        accumulate_grad_batches=4,
+    )  # fmt: skip
+    fit(tmp_path / "b", resumed, loader(), rescaler(), ckpt_path=path, max_epochs=1, accumulate_grad_batches=2)
+    assert resumed.seen[0] == [0.05]
+
+
+def test_other_arguments_hold_from_a_resume_on(tmp_path: Path) -> None:
+    path, told = tmp_path / "saved.ckpt", {1: 4.0}
+    first = rescaler(max_edge_ratio=1.0, rule="linear")
+    trained(tmp_path / "a", Scheduled(rates=(0.1,)), first, ToldMonitor(told), Save(path, 3), max_epochs=1)
+    for ratio, rate in ((2.0, 0.05), (10.0, 0.1)):
+        module = Scheduled(rates=(0.1,))
+        trained(tmp_path / f"{ratio}", module, rescaler(max_edge_ratio=ratio), ToldMonitor({}), ckpt_path=path)
+        assert module.seen[0] == pytest.approx([rate])
+    half = tmp_path / "half.ckpt"
+    options = {"base_batch_size": 16}
+    fit(
+        tmp_path / "b",
+        Scheduled(rates=(0.1,)),
+        loader(),
+        rescaler(rule="linear", **options),
+        Save(half, 3),
+        max_epochs=1,
+    )
+    module = Scheduled(rates=(0.1,))
+    fit(tmp_path / "c", module, loader(), rescaler(rule="sqrt", **options), ckpt_path=half, max_epochs=1)
+    assert module.seen == [[0.05]] * 3
+
+
+def test_measurements_wait_for_the_preconditioner(tmp_path: Path) -> None:
+    """After one gradient an adaptive optimizer's limits are far too low."""
+
+    class Adaptive(Scheduled):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.rates: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.rates.append(applied_rates(trainer)[0])
+
+    def rates(name: str, **options: Any) -> list[float]:
+        note = Rates()
+        told = ToldMonitor(dict.fromkeys(range(12), 2.0))
+        trained(tmp_path / name, Adaptive(), note, rescaler(max_edge_ratio=1.0, **options), told, max_epochs=2)
+        return note.rates
+
+    assert rates("by_default") == pytest.approx([0.1] * 10 + [0.05] * 2)
+    assert rates("at_once", warm_up=0) == pytest.approx([0.05] * 12)
+    late = steered(tmp_path / "late", {2: 2.0, 5: 2.0}, max_edge_ratio=1.0, warm_up=4)
+    assert late == pytest.approx([0.1] * 5 + [0.05] * 7)
+
+
+def test_the_monitor_is_one_and_that_of_steps(tmp_path: Path) -> None:
+    class Newest(Callback):
+        latest = "path"
+
+    other = ToldMonitor({2: 4.0}, batch_size=8)
+    other.batch_size = 8  # type: ignore[attr-defined]
+    assert steered(tmp_path, {3: 2.0}, Newest(), other, max_edge_ratio=1.0) == pytest.approx([0.1] * 3 + [0.05] * 9)
+
+
+def test_it_can_be_pickled_while_training(tmp_path: Path) -> None:
+    class Pickle(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            pickle.dumps(ours)
+
+    ours = rescaler()
+    trained(tmp_path, Scheduled(rates=(0.1,)), ours, Pickle(), max_epochs=1)
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------

@@ -412,7 +412,9 @@ def test_refusals() -> None:
 
     single = SimpleNamespace(strategy=object())
     refuse_other_steps(single, object(), "Us")
-    with pytest.raises(MisconfigurationException, match=r"Us does not support strategy=DeepSpeedStrategy: .*dry_run"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Us does not support strategy=DeepSpeedStrategy: .*Use another strategy"
+    ):
         refuse_other_steps(SimpleNamespace(strategy=DeepSpeedStrategy()), object(), "Us")
     with pytest.raises(MisconfigurationException, match="automatic_optimization=False: Manual decides itself"):
         refuse_other_steps(single, Manual(), "Us")
