@@ -344,8 +344,8 @@ def change_figure(effort: Effort) -> tuple[object, str]:
         f"Here, in the last third, MiniBS is at {ends[0]} of that (rate lowered), {ends[1]} (raised) and {ends[2]} "
         f"(batches), and FullBS at {found[lowered, tags.FULL_BS, 'end']:.0%}. In print larger batches change MiniBS "
         f"at once, and FullBS not: here by {jumps[0]} and {jumps[1]}. In print a raised rate makes MiniBS spike: here, "
-        f"every {effort.every} steps, it is at most {found[raised, 'peak']:.0%} above what it was. Rescaled to a rate of "
-        f"{rate:.2g}, larger batches are at the edge at once: MiniBS at {found[rescaled, 'edge']:.2f} of the "
+        f"every {effort.every} steps, it is at most {found[raised, 'peak']:.0%} above what it was. Rescaled to a rate "
+        f"of {rate:.2g}, larger batches are at the edge at once: MiniBS at {found[rescaled, 'edge']:.2f} of the "
         f"threshold, not at {found[enlarged, 'edge']:.2f}."
     )
 
