@@ -57,7 +57,7 @@ class Effort:
     tuning: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)  # initial rates for the schedule
 
 
-QUICK = Effort((16, 64, 256), 64, 1, 6, 192, 32, 5, 30, (0.3,))
+QUICK = Effort((16, 64, 256), 64, 1, 5, 192, 32, 4, 15, (0.3,))
 
 
 # ---- how far the rules reach: Figures 12 and 21, 20 and 22 -----------------------------------------------------------
