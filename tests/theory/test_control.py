@@ -60,10 +60,9 @@ def test_which_measurement_of_the_curve_can_be_used() -> None:
         return saturation(CurvePoint(**{**vars(point), **changed}), old, new, step=step)
 
     assert 1 < factor() < 2
-    assert factor(step=1100) == factor() == factor(mini_batch=9.0, full_batch=3.0)  # in any unit
+    assert factor(step=9000) == factor() == factor(mini_batch=9.0, full_batch=3.0)  # in any unit
     for unusable in (
         factor(old=16),  # of another batch size
-        factor(step=1112),  # too old
         factor(step=999),  # of an earlier fit
         factor(mini_batch=NAN),
         factor(full_batch=NAN),

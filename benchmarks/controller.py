@@ -1,0 +1,60 @@
+"""What `LearningRateRescaler(target_edge_ratio=1)` saves, and what it costs where nothing has to be saved.
+
+`python -m benchmarks.controller` prints the table that is committed under `benchmarks/results`: training losses of the
+digits network after some epochs of SGD with batches of 16, alone and steered, a row for each learning rate and seed.
+"""
+
+import math
+import tempfile
+import warnings
+from collections.abc import Iterable
+
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader
+
+from lightning_eoss import LearningRateRescaler, SharpnessMonitor
+from lightning_eoss.demo import DigitsMLP, digits
+
+RATES = (0.5, 2.0, 10.0)  # stable; beyond the edge; far beyond it
+
+
+def final_loss(rate: float, seed: int, *callbacks: Callback, epochs: int = 6) -> float:
+    """Half the squared error on the training set in the end."""
+    seed_everything(seed, verbose=False)
+    module, data = DigitsMLP(rate), digits()
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as root:
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "SharpnessMonitor", UserWarning)
+        trainer = Trainer(
+            max_epochs=epochs,
+            callbacks=list(callbacks),
+            logger=False,
+            default_root_dir=root,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(data, 16, shuffle=True))
+    with torch.no_grad():
+        images, targets = data.tensors
+        return float((module.net(images) - targets).square().sum(-1).mean() / 2)
+
+
+def table(rates: Iterable[float] = RATES, seeds: Iterable[int] = range(5)) -> str:
+    """The Markdown table."""
+    rows = ["| lr | seed | alone | steered |", "|---|---|---|---|"]
+    for rate in rates:
+        for seed in seeds:
+            steering = LearningRateRescaler(target_edge_ratio=1.0), SharpnessMonitor(20, num_batches=8)
+            losses = [final_loss(rate, seed), final_loss(rate, seed, *steering)]
+            cells = " | ".join(f"{loss:.4f}" if math.isfinite(loss) else "diverged" for loss in losses)
+            rows.append(f"| {rate} | {seed} | {cells} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())
