@@ -1,7 +1,9 @@
-"""What `LearningRateRescaler(target_edge_ratio=1)` saves, and what it costs where nothing has to be saved.
+"""What `LearningRateRescaler(target_edge_ratio=0.5)` saves, and what it costs where nothing has to be saved.
 
 `python -m benchmarks.controller` prints the table that is committed under `benchmarks/results`: training losses of the
-digits network after some epochs of SGD with batches of 16, alone and steered, a row for each learning rate and seed.
+digits network after two epochs of SGD with batches of 16, alone and steered, a row for each learning rate and seed. A
+training this far beyond the edge is lost within ten steps: it has to be measured every other step, and with a target of 1,
+where nothing is lowered before the first steps, it is lost as well.
 """
 
 import math
@@ -20,7 +22,7 @@ from lightning_eoss.demo import DigitsMLP, digits
 RATES = (0.5, 2.0, 10.0)  # stable; beyond the edge; far beyond it
 
 
-def final_loss(rate: float, seed: int, *callbacks: Callback, epochs: int = 6) -> float:
+def final_loss(rate: float, seed: int, *callbacks: Callback, epochs: int = 2) -> float:
     """Half the squared error on the training set in the end."""
     seed_everything(seed, verbose=False)
     module, data = DigitsMLP(rate), digits()
@@ -49,7 +51,7 @@ def table(rates: Iterable[float] = RATES, seeds: Iterable[int] = range(5)) -> st
     rows = ["| lr | seed | alone | steered |", "|---|---|---|---|"]
     for rate in rates:
         for seed in seeds:
-            steering = LearningRateRescaler(target_edge_ratio=1.0), SharpnessMonitor(20, num_batches=8)
+            steering = LearningRateRescaler(target_edge_ratio=0.5), SharpnessMonitor(2, num_batches=6)
             losses = [final_loss(rate, seed), final_loss(rate, seed, *steering)]
             cells = " | ".join(f"{loss:.4f}" if math.isfinite(loss) else "diverged" for loss in losses)
             rows.append(f"| {rate} | {seed} | {cells} |")

@@ -46,7 +46,8 @@ class GradientNoiseMonitor(Callback):
         full_batch_samples: The full batch is a fixed random subset of this size; None: all samples.
         loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`, where that cannot be evaluated
             twice.
-        dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches.
+        dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches. Ready batches
+            have no single samples: of them the measured variance, |g|^2 and the cosine are shown.
         seed: Fixes all random numbers of the monitor.
 
     Raises:
@@ -93,7 +94,9 @@ class GradientNoiseMonitor(Callback):
         self.seed = seed
         share = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self._agenda = Agenda(("noise",), every_n_train_steps, share)
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, page=tags.write_layout)
+        self._watch = Watch(
+            type(self).__name__, loss_fn, dataloader, full_batch_samples, page=tags.write_layout, shares=True
+        )
         self._findings: Findings | None = None
         self._plan: Plan | None = None
         self.last: GradientNoise | None = None  # what was measured last

@@ -45,9 +45,11 @@ class GradientNoiseInjector(Callback):
       has unscaled it and before it is clipped: clipping acts on the noise, too. It is taken in the parameters' own
       precision, and hooks of tensors and parameters do not act on it.
     - The module is in the mode in which it trains. Dropout and augmentation are drawn anew at each step. With noise,
-      each sample is a batch of its own; where their mean is not the batch's gradient, that is said.
+      each sample is a batch of its own; where their mean is not the batch's gradient, that is said, and a module that
+      takes no batch of one is refused.
 
-    Cost: a gradient of all samples at each step, two or three with noise. At most 64 million numbers are held at once.
+    Cost: a gradient of all samples at each step, two or three with noise. Held at once are 64 million numbers of
+    gradients at most, and the batches of the step, up to 1 GiB.
 
     Args:
         noise: Which noise.
@@ -164,9 +166,22 @@ class GradientNoiseInjector(Callback):
             self._watch.announce([f"{what}, without noise"])
             return
         self._watch.announce([f"{what}, with {self.noise} noise as of {size}"])
-        mean, square = torch.zeros(()), torch.zeros(())
-        for rows in sample_gradients(objective, part, at_once):
-            mean, square = mean + rows.sum(0) / part.size, square + rows.square().sum() / part.size
+        needs = f"{type(self).__name__}(noise={self.noise!r}) needs the gradient of each single sample"
+        mean, square, seen = torch.zeros(()), torch.zeros(()), 0
+        try:
+            for rows in sample_gradients(objective, part, at_once):
+                mean, square = mean + rows.sum(0) / part.size, square + rows.square().sum() / part.size
+                seen += len(rows)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"{needs}, and a batch of one has no loss here (BatchNorm in train mode takes none): {error} "
+                "Use noise='none', or pass loss_fn=, a loss that each sample has alone."
+            ) from error
+        if seen != part.size:
+            raise MisconfigurationException(
+                f"{needs}, and those of a ready batch cannot be told apart: not all that it holds are tensors of its "
+                "length. Pass dataloader= as a DataLoader over a map-style data set."
+            )
         if not is_mean(mean, gradient_graph(objective, part, create_graph=False).gradient, square):
             self._watch.say(
                 "the gradients of single samples do not average to that of their batch (BatchNorm in train mode, a "

@@ -50,6 +50,8 @@ class LearningRateRescaler(Callback):
     small batches it settles at :math:`(1 - \mu) / (1 + \mu)`. There, choose no more than that: training may diverge
     below 1. MiniBS (``judged_on="MiniBS"``) lies above 1 at the edge, the more the smaller the batches.
 
+    Measure often: a training far beyond the edge is lost within ten steps, and what is measured then saves nothing.
+
     A measurement counts for the very step that it was taken for. What is NaN, of another batch size, or of an earlier
     step changes nothing. A rate is lowered on the mean, and raised on the upper end of the 95 % interval alone.
 

@@ -164,7 +164,13 @@ class SharpnessMonitor(Callback):
         self.latest: Reading | None = None  # the last measurement, for whoever steers by it
 
         self._watch = Watch(
-            type(self).__name__, loss_fn, dataloader, full_batch_samples, precision == "as_trained", tags.write_layout
+            type(self).__name__,
+            loss_fn,
+            dataloader,
+            full_batch_samples,
+            precision == "as_trained",
+            tags.write_layout,
+            shares=True,
         )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)

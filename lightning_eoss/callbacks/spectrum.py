@@ -100,7 +100,7 @@ class SpectralDensityMonitor(Callback):
         self.outputs_fn = outputs_fn
         share = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self._agenda = Agenda(("density",), every_n_train_steps, share)
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, shares=True)
         self._findings: Findings | None = None
         self._plan: Plan | None = None
         self.last: Spectra | None = None  # what was measured last

@@ -46,6 +46,7 @@ class Watch:
     data: TrainingData | None = None
     began: float = field(default_factory=time.perf_counter)
     spent: float = 0.0  # seconds in hooks since fit began
+    shares: bool = False  # batches with other monitors of the step; then `release` has to be called
     _drawn: bool = False  # whether the loggers of this fit have the dashboard
     _said: set[str] = field(default_factory=set)
 
@@ -105,7 +106,7 @@ class Watch:
 
     def _cache(self, trainer: Any) -> BatchCache:
         """What other monitors of the Trainer have loaded for the same step from the same loader."""
-        if self.data is None or self.data.loader is None or self.dataloader is not None:
+        if not self.shares or self.data is None or self.data.loader is None or self.dataloader is not None:
             return BatchCache()
         step, caches = _SHARED.get(trainer, (-1, {}))
         if step != trainer.global_step:
