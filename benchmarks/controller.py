@@ -1,9 +1,9 @@
 """What `LearningRateRescaler(target_edge_ratio=0.5)` saves, and what it costs where nothing has to be saved.
 
 `python -m benchmarks.controller` prints the table that is committed under `benchmarks/results`: training losses of the
-digits network after two epochs of SGD with batches of 16, alone and steered, a row for each learning rate and seed. A
-training this far beyond the edge is lost within ten steps: it has to be measured every other step, and with a target of 1,
-where nothing is lowered before the first steps, it is lost as well.
+digits network after two epochs of SGD with batches of 16, alone and steered, a row for each learning rate and seed.
+A training this far beyond the edge is lost within ten steps: it has to be measured every other step, and with a target
+of 1, where nothing is lowered before the first steps, it is lost as well.
 """
 
 import math
