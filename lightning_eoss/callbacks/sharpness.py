@@ -163,14 +163,9 @@ class SharpnessMonitor(Callback):
         self.raw = raw
         self.latest: Reading | None = None  # the last measurement, for whoever steers by it
 
+        trained = precision == "as_trained"
         self._watch = Watch(
-            type(self).__name__,
-            loss_fn,
-            dataloader,
-            full_batch_samples,
-            precision == "as_trained",
-            tags.write_layout,
-            shares=True,
+            type(self).__name__, loss_fn, dataloader, full_batch_samples, trained, tags.write_layout, shares=True
         )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
