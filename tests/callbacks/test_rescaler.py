@@ -743,11 +743,11 @@ class Told(Callback):
 ToldMonitor = type("ToldMonitor", (Told,), {"__module__": "lightning_eoss.callbacks.told"})
 
 
-def steered(root: Path, ratios: dict[int, Any], **options: Any) -> list[float]:
+def steered(root: Path, ratios: dict[int, Any], *callbacks: Any, **options: Any) -> list[float]:
     """The rates of twelve steps, which are also those that are shown."""
     module = Scheduled(rates=(0.1,))
     watcher = ToldMonitor(ratios)
-    trained(root, module, LearningRateMonitor(), rescaler(**options), watcher, max_epochs=2)
+    trained(root, module, *callbacks, LearningRateMonitor(), rescaler(**options), watcher, max_epochs=2)
     assert list(shown(root).values()) == module.seen
     return [rates[0] for rates in module.seen]
 
