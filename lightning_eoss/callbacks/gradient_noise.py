@@ -16,7 +16,7 @@ from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.gradient_noise import noise_scalars, write_noise
 from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.probe import check_chosen_batch_size, effective_parts, refuse, refuse_frozen
+from lightning_eoss.training.probe import check_chosen_batch_size, refuse, refuse_frozen, steps_now
 from lightning_eoss.training.schedule import check_schedule
 from lightning_eoss.training.watch import UNPAID, Watch, now
 
@@ -74,6 +74,7 @@ class GradientNoiseMonitor(Callback):
         full_batch_samples: int | None = 8192,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         dataloader: Iterable[Any] | None = None,
+        num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
         check_arguments(
@@ -95,7 +96,13 @@ class GradientNoiseMonitor(Callback):
         share = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self._agenda = Agenda(("noise",), every_n_train_steps, share)
         self._watch = Watch(
-            type(self).__name__, loss_fn, dataloader, full_batch_samples, page=tags.write_layout, shares=True
+            type(self).__name__,
+            loss_fn,
+            dataloader,
+            full_batch_samples,
+            num_samples,
+            page=tags.write_layout,
+            shares=True,
         )
         self._findings: Findings | None = None
         self._plan: Plan | None = None
@@ -133,7 +140,7 @@ class GradientNoiseMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
         try:
-            if self._due(trainer):
+            if steps_now(trainer) and self._due(trainer):  # with the last batch of a step all of it is known
                 self._look(trainer, pl_module, batch_idx)
         finally:
             self._watch.release(trainer, self)
@@ -161,7 +168,7 @@ class GradientNoiseMonitor(Callback):
                 if self._plan is None or not self._due(trainer):
                     return
             assert self._findings is not None
-            size, parts = self._step_size(trainer)
+            size, parts = self._watch.step_size(trainer, self.batch_size)
             generator = torch.Generator().manual_seed(derived_seed(self.seed, 15, stream))
             self.last = gradient_noise(
                 Solver(objective, replace(self._plan, batch_size=size, parts=parts), self._findings, generator),
@@ -174,22 +181,13 @@ class GradientNoiseMonitor(Callback):
         for logger in trainer.loggers:
             write_noise(getattr(logger, "experiment", None), self.last, step)
 
-    def _step_size(self, trainer: Any) -> tuple[int, int]:
-        """Samples of a loader batch as it is now, and how many of them a step has."""
-        data = self._watch.data
-        assert data is not None
-        if self.batch_size is not None:
-            return self.batch_size, 1
-        there = data.source.num_samples // data.batch_size
-        return data.batch_size, max(1, min(effective_parts(trainer), there))
-
     def _prepare(self, trainer: Any, objective: Objective) -> None:
         """Finds out what the loss allows and what a measurement costs, and says so."""
         data = self._watch.data
         assert data is not None
         check_chosen_batch_size(self.batch_size, data)
-        size, parts = self._step_size(trainer)
-        check_batch_size(size * parts, data.source.num_samples)
+        size, parts = self._watch.step_size(trainer, self.batch_size)
+        check_batch_size(size, data.source.num_samples)
         findings = preflight(objective, size, parts=parts, seed=self.seed)
         for warning in findings.warnings:
             self._watch.say(warning)
@@ -203,7 +201,7 @@ class GradientNoiseMonitor(Callback):
             )
         affordable = int(self.max_seconds / 4 / findings.seconds)
         count = max(2, min(self.num_batches, affordable))
-        full = min(self.full_batch_samples or data.source.num_samples, data.source.num_samples)
+        full = min(data.batches_of(self.full_batch_samples) or data.source.num_samples, data.source.num_samples)
         sample_seconds = _PASSES * findings.seconds / (size * parts)  # for each sample of the full batch
         kept = max(size * parts, min(full, int(0.75 * self.max_seconds / sample_seconds)))
         self._findings = findings

@@ -14,7 +14,7 @@ from lightning_eoss.curvature.noise import Noise, gradient_with_noise
 from lightning_eoss.curvature.objective import Objective, Part, derived_seed, full_batch
 from lightning_eoss.curvature.operators import gradient_graph, unflattened
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
-from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen
+from lightning_eoss.training.probe import refuse, refuse_frozen, usual_parts
 from lightning_eoss.training.watch import Watch
 
 _ENTRIES = 2**26  # of gradients of samples that are held at once
@@ -142,7 +142,7 @@ class GradientNoiseInjector(Callback):
         chunks = full_batch(data.source, data.batch_size, max_samples=self.full_batch_samples, seed=self.seed)
         parts = [replace(each, seed=derived_seed(self.seed, 1, step, number)) for number, each in enumerate(chunks)]
         count = sum(part.size for part in parts)
-        size = self.batch_size or min(count, data.source.size(range(data.batch_size)) * effective_parts(trainer))
+        size = self.batch_size or min(count, data.source.size(range(data.batch_size)) * usual_parts(trainer))
         at_once = max(1, _ENTRIES // objective.num_parameters)
         if not self._began:
             self._began = True

@@ -1,7 +1,7 @@
 """`LearningRateRescaler`: the learning rate follows the batch size, and what was measured of the edge."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +13,7 @@ from lightning_eoss.theory.control import CurvePoint, Reading, batch_factor, lim
 from lightning_eoss.theory.optimizers import PLAIN
 from lightning_eoss.theory.scaling import Rule, scaling_rule
 from lightning_eoss.theory.statistics import scaled
-from lightning_eoss.training.probe import logging_step
+from lightning_eoss.training.probe import logging_step, step_parts, steps_now
 from lightning_eoss.training.rates import (
     Overlay,
     StepSize,
@@ -70,6 +70,8 @@ class LearningRateRescaler(Callback):
         min_scale: Neither controller nor limit lower the schedule's rate by more than this factor.
         max_scale: The controller raises it by no more than this factor; 1: it only protects.
         dry_run: Show what would be done and do nothing.
+        num_samples: Samples of a batch where its loader does not tell, a number or a function of a batch; None: what
+            the batch says (``batch_size``, ``num_graphs``), or the length that all its tensors have.
 
     Raises:
         TypeError: If an argument is no number.
@@ -98,6 +100,7 @@ class LearningRateRescaler(Callback):
         min_scale: float = 1e-3,
         max_scale: float = 1.0,
         dry_run: bool = False,
+        num_samples: int | Callable[[Any], int] | None = None,
     ) -> None:
         _check(rule, base_batch_size, judged_on, cool_down, warm_up)
         _check_limits(max_edge_ratio, target_edge_ratio, dead_band, max_change, min_scale, max_scale)
@@ -113,17 +116,17 @@ class LearningRateRescaler(Callback):
         self.min_scale = min_scale
         self.max_scale = max_scale
         self.dry_run = dry_run
-        self._watch = Watch(type(self).__name__, page=tags.write_layout)
+        self._watch = Watch(type(self).__name__, num_samples=num_samples, page=tags.write_layout)
         self._overlay = Overlay(self._scale)
         self._monitor: Any = None
         self._forget()
 
     def _forget(self) -> None:
         """Nothing has been seen."""
-        self._step_size = StepSize()
+        self._step_size = StepSize(self._watch.count)
         # What checkpoints hold.
-        self._base: int | None = None  # batch size that the schedule's rates are meant for
-        self._size: int | None = None  # batch size now
+        self._base: float | None = None  # batch size that the schedule's rates are meant for
+        self._size: float | None = None  # batch size now
         self._batch_factor = 1.0
         self._control = 1.0  # the controller's factor
         self._changed: int | None = None  # step at which a measurement changed the rate last
@@ -186,7 +189,7 @@ class LearningRateRescaler(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reaches into the optimizer's steps, after a checkpoint has been loaded."""
-        self._step_size, self._stepped, self._used = StepSize(), None, -1
+        self._step_size, self._stepped, self._used = StepSize(self._watch.count), None, -1
         self._held: bool | None = None  # whether the limit is what counts
         self._news = True  # whether there is something to log
         self._logged = -1  # where it was logged last
@@ -217,7 +220,8 @@ class LearningRateRescaler(Callback):
             self._look_at_reading(trainer)
         self._look_at_batch_size(trainer, batch)
         own = self._overlay.own
-        if self._monitor is not None:
+        usual = steps_now(trainer) and step_parts(trainer) >= self._step_size.parts(trainer)
+        if self._monitor is not None and usual:  # a step that the epoch's end cuts short says nothing about the others
             self._stepped = (trainer.global_step, largest_rate(own) * (1.0 if self.dry_run else self._scale(own)))
         if self.dry_run:
             self._look_again(trainer)
@@ -353,7 +357,7 @@ class LearningRateRescaler(Callback):
         assert self._stepped is not None and self._size is not None
         if (self.max_edge_ratio is None and self.target_edge_ratio is None) or step < self._first_step():
             return []
-        if reading.batch_size != min(self._size, reading.num_samples):
+        if reading.batch_size != round(min(self._size, reading.num_samples)):
             self._watch.say(
                 f"measurements are of batches of {reading.batch_size} samples and steps have {self._size}, so the "
                 "learning rate does not follow them. Leave batch_size= of the SharpnessMonitor out."

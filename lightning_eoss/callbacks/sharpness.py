@@ -32,7 +32,6 @@ from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
     check_chosen_batch_size,
-    effective_parts,
     limits_to_come,
     refuse,
     refuse_frozen,
@@ -40,6 +39,7 @@ from lightning_eoss.training.probe import (
     scaling_of,
     sees_batches,
     steps_now,
+    trains_nothing,
 )
 from lightning_eoss.training.schedule import check_schedule
 from lightning_eoss.training.watch import UNPAID, Watch, categories_shown, now
@@ -85,6 +85,8 @@ class SharpnessMonitor(Callback):
         loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`, where that cannot be evaluated
             twice.
         dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches.
+        num_samples: Samples of a ready batch of ``dataloader``, a number or a function of a batch; None: what the batch
+            says (``batch_size``, ``num_graphs``), or the length that all its tensors have.
         seed: Fixes all random numbers of the monitor.
         precision: ``"parameters"``: autocast off; ``"as_trained"``: under training's own autocast, with its noise.
         save_warm_start: Whether checkpoints hold the last eigenvectors (2 P numbers); None: below 1e7 parameters.
@@ -125,6 +127,7 @@ class SharpnessMonitor(Callback):
         full_batch_samples: int | None = 8192,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         dataloader: Iterable[Any] | None = None,
+        num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
         precision: Literal["parameters", "as_trained"] = "parameters",
         save_warm_start: bool | None = None,
@@ -154,6 +157,7 @@ class SharpnessMonitor(Callback):
         self.full_batch_samples = full_batch_samples
         self.loss_fn = loss_fn
         self.dataloader = dataloader
+        self.num_samples = num_samples
         self.seed = int(seed)
         self.precision = precision
         self.save_warm_start = save_warm_start
@@ -165,7 +169,8 @@ class SharpnessMonitor(Callback):
 
         trained = precision == "as_trained"
         self._watch = Watch(
-            type(self).__name__, loss_fn, dataloader, full_batch_samples, trained, tags.write_layout, shares=True
+            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples, trained, tags.write_layout),
+            shares=True,
         )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
@@ -227,14 +232,15 @@ class SharpnessMonitor(Callback):
         """Measures before the step, where it is time."""
         arrived = time.perf_counter()
         if self._window.begins:
-            self._due = self._due_now(trainer)
+            self._due = frozenset() if trains_nothing(trainer) else self._due_now(trainer)
             if self._due and limits_to_come(trainer):
                 self._put_off, self._due = self._due, frozenset()
         self._window.begins = steps_now(trainer)
         try:
             if self._due:
                 arrived = now(pl_module)  # what the device is still doing is training's
-                self._window.collect(batch, effective_parts(trainer))
+                size = self._watch.count(batch) or 1
+                self._window.collect(batch, size, copy=trainer.accumulate_grad_batches > 1)
                 if self._window.begins:
                     self._measure(trainer, pl_module, batch_idx, arrived)
         finally:
@@ -284,7 +290,7 @@ class SharpnessMonitor(Callback):
                 self._due = self._due_now(trainer)
             if self._plan is None or not self._due:
                 return None
-            plan = replace(self._plan, parts=self._parts(trainer))
+            plan = replace(self._plan, parts=self._watch.step_size(trainer, self.batch_size)[1])
             if self.overhead is not None and not self._agenda.ledgers["mini"].count:
                 plan = replace(plan, num_batches=min(plan.num_batches, FIRST_BATCHES))
             curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
@@ -332,7 +338,7 @@ class SharpnessMonitor(Callback):
             plan,
             self._findings,
             self._warm[scaling is not None].fitting(objective),
-            batch_sizes=(plan.step_size,),
+            batch_sizes=(min(plan.step_size, objective.source.num_samples),),
             group_size=size,
             num_groups=groups,
             stream=step,
@@ -345,7 +351,7 @@ class SharpnessMonitor(Callback):
         data = self._watch.data
         assert data is not None
         check_chosen_batch_size(self.batch_size, data)
-        batch_size, parts = self.batch_size or data.batch_size, self._parts(trainer)
+        batch_size, parts = self._watch.step_size(trainer, self.batch_size)
         check_batch_size(batch_size, data.source.num_samples)
         findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
         for warning in (*findings.warnings, *cautions(trainer, objective.module)):
@@ -353,8 +359,9 @@ class SharpnessMonitor(Callback):
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
         self._findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
+        full = data.batches_of(self.full_batch_samples)
         prospect = foreseen(
-            Plan(batch_size, parts, self.rel_error, self.num_batches, self.full_batch_samples, self.seed),
+            Plan(batch_size, parts, self.rel_error, self.num_batches, full, self.seed),
             self._findings,
             self._agenda,
             num_samples=data.source.num_samples,
@@ -367,13 +374,9 @@ class SharpnessMonitor(Callback):
             self._watch.say(warning)
         self._agenda.expect(prospect.costs)
         self._plan, self._notes = prospect.plan, prospect.notes
+        if data.sizes:
+            self._notes.append(f"its batches have {data.sizes[0]} to {data.sizes[1]} samples, each counts as one step")
         self._watch.announce(self._notes)
-
-    def _parts(self, trainer: Any) -> int:
-        """Loader batches of one optimizer step as it is now, or 1 where the user chose a batch size."""
-        assert self._watch.data is not None
-        there = self._watch.data.source.num_samples // self._watch.data.batch_size
-        return 1 if self.batch_size else max(1, min(effective_parts(trainer), there))
 
     def _charge(self, seen: _Seen, seconds: float) -> None:
         """Shares the seconds out: to FullBS by its products, among the others as they were expected."""

@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
 from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.measure import check_arguments, check_batch_size, check_loss_fn, whole
+from lightning_eoss.curvature.measure import check_arguments, check_loss_fn, whole
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, random_batches
 from lightning_eoss.curvature.operators import Scaling, krylov_like
 from lightning_eoss.curvature.preflight import Findings, preflight
@@ -22,7 +22,7 @@ from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.theory.scaling import curvature_range, nesterov, polyak
-from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen, sampler_batches
+from lightning_eoss.training.probe import refuse, refuse_frozen, sampler_batches
 from lightning_eoss.training.watch import Watch, now
 
 Rule = Literal["nesterov", "polyak"]
@@ -236,8 +236,7 @@ class SpectralLearningRate(Callback):
         """The spectrum of a random batch, as the optimizer's steps see it, and how many samples it has."""
         data, stream = self._watch.data, trainer.global_step
         assert data is not None
-        parts = max(1, min(effective_parts(trainer), data.source.num_samples // data.batch_size))
-        check_batch_size(data.batch_size * parts, data.source.num_samples)
+        _, parts = self._watch.step_size(trainer, None)
         if self._findings is None:
             findings = preflight(objective, data.batch_size, parts=parts, seed=self.seed)
             if findings.seconds == 0:

@@ -15,7 +15,7 @@ from lightning_eoss.curvature.solver import Plan
 from lightning_eoss.curvature.spectrum import Spectra, check_spectrum, spectra
 from lightning_eoss.display.spectrum import spectrum_scalars, write_spectrum
 from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.probe import effective_parts, refuse, refuse_frozen
+from lightning_eoss.training.probe import refuse, refuse_frozen, steps_now
 from lightning_eoss.training.schedule import check_schedule
 from lightning_eoss.training.watch import UNPAID, Watch, now
 
@@ -71,6 +71,7 @@ class SpectralDensityMonitor(Callback):
         mode: Literal["as_trained", "eval"] = "as_trained",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         dataloader: Iterable[Any] | None = None,
+        num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
@@ -100,7 +101,7 @@ class SpectralDensityMonitor(Callback):
         self.outputs_fn = outputs_fn
         share = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self._agenda = Agenda(("density",), every_n_train_steps, share)
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, shares=True)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples, shares=True)
         self._findings: Findings | None = None
         self._plan: Plan | None = None
         self.last: Spectra | None = None  # what was measured last
@@ -132,7 +133,7 @@ class SpectralDensityMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
         try:
-            if self._due(trainer):
+            if steps_now(trainer) and self._due(trainer):  # with the last batch of a step all of it is known
                 self._look(trainer, pl_module, batch_idx)
         finally:
             self._watch.release(trainer, self)
@@ -159,7 +160,7 @@ class SpectralDensityMonitor(Callback):
                 if self._plan is None or not self._due(trainer):
                     return
             assert self._findings is not None and self._watch.data is not None
-            size, parts = self._step_size(trainer)
+            size, parts = self._watch.step_size(trainer, self.batch_size)
             self.last = spectra(
                 objective,
                 replace(self._plan, batch_size=size, parts=parts),
@@ -175,28 +176,19 @@ class SpectralDensityMonitor(Callback):
         for logger in trainer.loggers:
             write_spectrum(getattr(logger, "experiment", None), self.last, step)
 
-    def _step_size(self, trainer: Any) -> tuple[int, int]:
-        """Samples of a loader batch as it is now, and how many of them a step has."""
-        data = self._watch.data
-        assert data is not None
-        if self.batch_size is not None:
-            return self.batch_size, 1
-        there = data.source.num_samples // data.batch_size
-        return data.batch_size, max(1, min(effective_parts(trainer), there))
-
     def _prepare(self, trainer: Any, objective: Objective) -> None:
         """Finds out what the loss allows and what a measurement costs, and says so."""
         data = self._watch.data
         assert data is not None
-        size, parts = self._step_size(trainer)
-        check_batch_size(size * parts, data.source.num_samples)
+        size, parts = self._watch.step_size(trainer, self.batch_size)
+        check_batch_size(size, data.source.num_samples)
         findings = preflight(objective, size, parts=parts, seed=self.seed)
         for warning in findings.warnings:
             self._watch.say(warning)
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
         passes = self.steps * self.num_probes * self.augmented_passes
-        full = min(self.full_batch_samples or data.source.num_samples, data.source.num_samples)
+        full = min(data.batches_of(self.full_batch_samples) or data.source.num_samples, data.source.num_samples)
         pass_seconds = passes * findings.seconds / (size * parts)  # for each sample of the full batch
         kept = max(size * parts, min(full, int(self.max_seconds / pass_seconds)))
         self._findings = findings

@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_eoss.curvature.objective import (
     Batch,
-    BatchListSource,
     Objective,
     Part,
     random_batches,
@@ -238,7 +237,7 @@ def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Object
         return HESSIAN
     found = outputs_fn or discovered_outputs(objective.loss)
     size = min(max(batch_size, 2), objective.source.num_samples)
-    if isinstance(objective.source, BatchListSource):
+    if not objective.source.divisible:
         size = 1  # each is a batch
     check_outputs(objective, found, next(random_batches(objective.source, size, seed=0))[0])
     return gauss_newton(found)
@@ -290,7 +289,7 @@ def _evaluated(outputs_fn: OutputsFn, objective: Objective, part: Part) -> tuple
             f"no Gauss-Newton matrix. Pass {_EXAMPLE}."
         )
     leaf = found[0].detach().requires_grad_()
-    return found[0], leaf, scalar(found[1](leaf))
+    return found[0], leaf, objective.scaled(found[1](leaf))
 
 
 def _linearised(outputs_fn: OutputsFn, objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:

@@ -357,7 +357,8 @@ def measure(
     sampled, control_mean = Sampled(), math.nan
     if mini:
         population = objective.source.num_samples
-        exact = plan.step_size >= population and batches is None  # one batch, and it is all there is
+        even = plan.parts == 1 or population % plan.batch_size == 0  # else a short part weighs as much as the others
+        exact = plan.step_size >= population and even and batches is None  # one batch, and it is all there is
         if batches is None:
             seed = derived_seed(plan.seed, 3, stream)
             batches = random_batches(objective.source, plan.batch_size, parts=plan.parts, seed=seed)

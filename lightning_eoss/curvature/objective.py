@@ -49,10 +49,25 @@ class Source(Protocol):
     def size(self, indices: Sequence[int]) -> int:
         """How many samples that is (not `len(indices)` where the source is made of ready batches)."""
 
+    def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
+        """Random batches that share no sample."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether batches can be cut; ready ones are drawn as a whole."""
+
+
+def disjoint(generator: random.Random, num_samples: int, batch_size: int, count: int) -> list[tuple[int, ...]]:
+    """Batches that share no sample, uniform without replacement; the last is short where there are no more samples."""
+    drawn = generator.sample(range(num_samples), min(batch_size * count, num_samples))
+    return [tuple(drawn[first : first + batch_size]) for first in range(0, len(drawn), batch_size)]
+
 
 @dataclass(frozen=True)
 class DatasetSource:
     """Batches from a map-style data set, collated as a DataLoader would."""
+
+    divisible = True
 
     dataset: Any
     collate: Callable[[list[Any]], Any] = default_collate
@@ -74,11 +89,16 @@ class DatasetSource:
         """One sample an index."""
         return len(indices)
 
+    def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
+        """Uniform without replacement."""
+        return disjoint(generator, self.num_samples, batch_size, count)
+
 
 @dataclass(frozen=True)
 class BatchListSource:
     """Ready batches, each drawn as a whole: what is left where there is no data set to index."""
 
+    divisible = False
     batches: Sequence[Any]
     sizes: Sequence[int]
     transfer: Callable[[Any], Any] = lambda batch: batch
@@ -97,6 +117,64 @@ class BatchListSource:
         """Samples of the batches."""
         return sum(self.sizes[index] for index in indices)
 
+    def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
+        """Uniform without replacement."""
+        return disjoint(generator, self.num_samples, batch_size, count)
+
+
+@dataclass(frozen=True)
+class CombinedSource:
+    """Several data sets' batches side by side, as a CombinedLoader gives them, each drawn as a whole.
+
+    Index e T + t is batch t of epoch e, an epoch having T. Epoch 0 has all samples in their order. The others, as many
+    as anyone draws from, are those of training: shuffled where it shuffles.
+    """
+
+    divisible = False
+    sources: Sequence[DatasetSource]
+    batch_sizes: Sequence[int]
+    shuffled: Sequence[bool]
+    cycled: bool  # a data set that is exhausted begins anew; else None stands for its batches
+    build: Callable[[list[Any]], Any] = list  # one batch of them all, transferred
+
+    @property
+    def num_samples(self) -> int:
+        """Batches of an epoch: those of the longest data set."""
+        return max(self._lengths)
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Batches of each data set."""
+        return [-(-each.num_samples // size) for each, size in zip(self.sources, self.batch_sizes, strict=True)]
+
+    def take(self, indices: Sequence[int]) -> Any:
+        """Loads and transfers one batch."""
+        (index,) = indices
+        epoch, place = divmod(index, self.num_samples)
+        taken = list[Any]()
+        for which, source in enumerate(self.sources):
+            piece: Sequence[int] = self._piece(which, place)
+            if epoch and self.shuffled[which]:
+                generator = random.Random(derived_seed(which, index))
+                piece = generator.sample(range(source.num_samples), len(piece))
+            exhausted = place >= self._lengths[which] and not self.cycled
+            taken.append(None if exhausted else source.take(piece))
+        return self.build(taken)
+
+    def size(self, indices: Sequence[int]) -> int:
+        """Samples of the batches, of all data sets; where one is exhausted as many as it had: each batch is a step."""
+        places = [index % self.num_samples for index in indices]
+        return sum(len(self._piece(which, place)) for which in range(len(self.sources)) for place in places)
+
+    def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
+        """Batches of random epochs."""
+        return [(generator.randrange(self.num_samples, 2**31),) for _ in range(count)]
+
+    def _piece(self, which: int, place: int) -> range:
+        """What one data set gives to a batch of epoch 0."""
+        first = place % self._lengths[which] * self.batch_sizes[which]
+        return range(self.sources[which].num_samples)[first : first + self.batch_sizes[which]]
+
 
 def copied(batch: Any) -> Any:
     """The batch as it is, with nothing shared: a training step may change what it is given."""
@@ -108,9 +186,25 @@ def num_bytes(batch: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
-def num_samples_of(batch: Any) -> int:
-    """Samples in a ready batch: the first dimension of its first tensor that has one."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+def num_samples_of(batch: Any) -> int | None:
+    """Samples in a ready batch: what it says itself, or the length of all its tensors; None where they differ."""
+    for each in (batch, *tree_leaves(batch)):
+        for name in ("batch_size", "num_graphs"):  # TensorDict, DGL; PyTorch Geometric
+            told = getattr(each, name, None)
+            told = told[0] if isinstance(told, tuple) and told else told
+            if isinstance(told, int):
+                return told
+    lengths = set(_lengths(batch))
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _lengths(batch: Any, depth: int = 4) -> Iterator[int]:
+    """First dimensions of the tensors of a batch, those in objects included."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield from leaf.shape[:1]
+        elif depth:  # objects may hold one another
+            yield from _lengths(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
 
 
 def scalar(loss: Any) -> Tensor:
@@ -171,6 +265,7 @@ class Objective:
     isolation: Isolation
     cache: BatchCache = field(default_factory=BatchCache)
     owned: Collection[int] | None = None  # ids of the parameters that are trained; None: all that require a gradient
+    scale: float = 1.0  # factor to the loss: what a step makes of it
     parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -209,7 +304,12 @@ class Objective:
         """
         batch = self.load(part)
         self.prepare(part)
-        return scalar(self.loss(batch))
+        return self.scaled(self.loss(batch))
+
+    def scaled(self, loss: Any) -> Tensor:
+        """The loss of a batch as the optimizer steps on it, a scalar."""
+        found = scalar(loss)
+        return found if self.scale == 1 else self.scale * found
 
     def prepare(self, part: Part) -> None:
         """Puts back what an earlier pass changed and sets the generators."""
@@ -234,7 +334,7 @@ def derived_seed(seed: int, *keys: int) -> int:
 
 
 def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int) -> Iterator[Batch]:
-    """Batches of `parts` times `batch_size` samples, each uniform without replacement, independent of one another.
+    """Batches of `parts` times `batch_size` samples, drawn as training draws its own, independent of one another.
 
     Args:
         source: Where the samples come from.
@@ -247,10 +347,10 @@ def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int
     """
     for number in range(2**31):
         own = derived_seed(seed, number)
-        drawn = random.Random(own).sample(range(source.num_samples), batch_size * parts)
+        pieces = source.draw(random.Random(own), batch_size, parts)
         yield tuple(
-            Part(1 / parts, source.size(piece), tuple(piece), derived_seed(own, index))
-            for index, piece in enumerate(drawn[i * batch_size : (i + 1) * batch_size] for i in range(parts))
+            Part(1 / len(pieces), source.size(piece), piece, derived_seed(own, index))
+            for index, piece in enumerate(pieces)
         )
 
 

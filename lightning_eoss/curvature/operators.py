@@ -276,7 +276,7 @@ class Stacked:
     _losses: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        loss_of = _LossOf(self.objective.module, self.objective.loss)
+        loss_of = _LossOf(self.objective)
         known = {id(parameter) for parameter in self.objective.parameters}
         expanded = {
             name: parameter.detach().expand(len(self.batches), *parameter.shape).requires_grad_()
@@ -350,15 +350,14 @@ def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: 
 class _LossOf(nn.Module):
     """A loss as a module, so that `functional_call` can put other parameters under it."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.module = module
-        # In a tuple: a loss that is a module would be registered, its parameters found twice and put back wrongly.
-        self.loss = (loss,)
+        self.module = objective.module
+        self.objective = objective
 
     def forward(self, batch: Any) -> Tensor:
         """The loss as a scalar."""
-        return self.loss[0](batch).reshape(())
+        return self.objective.scaled(self.objective.loss(batch))
 
 
 def _stacked(batches: Sequence[Any]) -> Any:

@@ -110,7 +110,7 @@ def _together(objective: Objective, batch: Any) -> Tensor:
     As `Stacked` does it. `torch.func.grad` would spare the copies of the parameters, and hangs for good where a loss
     writes one of its tensors to another's `.data`, as older code does for a teacher that is a moving average.
     """
-    loss_of = _LossOf(objective.module, objective.loss)
+    loss_of = _LossOf(objective)
     names = {id(parameter): name for name, parameter in loss_of.named_parameters()}
     count = len(tree_leaves(batch)[0])
     copies = {

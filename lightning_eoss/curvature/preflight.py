@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from lightning_eoss.curvature.objective import BatchListSource, Objective, Part, num_bytes, random_batches
+from lightning_eoss.curvature.objective import Objective, Part, num_bytes, random_batches
 from lightning_eoss.curvature.operators import (
     Graph,
     Sequential,
@@ -61,7 +61,7 @@ def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
         loss(A) + loss(B), else `"other"`.
     """
     num_samples = min(_FEW, objective.source.num_samples)
-    if isinstance(objective.source, BatchListSource) or num_samples < 3:
+    if not objective.source.divisible or num_samples < 3:
         return "other"
     (whole,) = next(random_batches(objective.source, num_samples, seed=seed))
     cut = num_samples // 3  # unequal halves tell a mean of means from a mean

@@ -154,8 +154,8 @@ class Solver:
     @property
     def step_samples(self) -> int:
         """Samples of one optimizer step, also where the source is made of ready batches."""
-        source = self.objective.source
-        return round(self.plan.step_size * source.size(range(source.num_samples)) / source.num_samples)
+        source, total = self.objective.source, self.objective.source.num_samples
+        return round(min(self.plan.step_size, total) * source.size(range(total)) / total)
 
     @property
     def rows_at_once(self) -> int:
@@ -192,7 +192,8 @@ class Solver:
         """Whether tensors of one shape and dtype stand at the same places of all; padding is as long as each needs."""
         layouts = ([_layout(self.objective.load(part)) for part in batch] for batch in batches)
         first = next(layouts)
-        return all(each == first for each in layouts)
+        stackable = all(leaf is not None for _, leaves in first for leaf in leaves)
+        return stackable and all(each == first for each in layouts)
 
     def solve(self, operator: Operator, starts: Tensor, **options: Any) -> LanczosResult:
         """Top eigenvalues of the operator's rows."""

@@ -112,12 +112,12 @@ GUIDE = "sharpness/guide"  # a text card
 
 #: What each scalar is, in one line.
 DESCRIPTIONS: dict[str, str] = {
-    MINI_BS: "mini-batch sharpness: mean largest Hessian eigenvalue over random batches of training's size",
+    MINI_BS: "mini-batch sharpness: mean largest Hessian eigenvalue over random batches as training draws them",
     FULL_BS: "full-batch sharpness: largest Hessian eigenvalue of the training set's loss",
     CURRENT_BATCH: "sharpness of the batch about to be stepped on",
     DIRECTIONAL: "directional sharpness: mean curvature along each batch's own gradient, E[g'Hg / g'g]",
     GAP: "MiniBS - FullBS",
-    BATCH_SIZE: "the b of MiniBS(b)",
+    BATCH_SIZE: "the b of MiniBS(b): samples of a step, the mean where a sampler's batches differ",
     THRESHOLD: "the largest stable sharpness, where one number says it: 2/lr for plain SGD",
     THRESHOLD_SMALL_BATCH: "where momentum holds directional sharpness under small batches: 2 (1 - momentum)/lr",
     EDGE_RATIO: "MiniBS in units of the optimizer's stability limits; 1 is the edge",

@@ -30,9 +30,9 @@ class Reading:
 
 
 def batch_factor(
-    base_batch_size: int,
-    old_batch_size: int,
-    new_batch_size: int,
+    base_batch_size: float,
+    old_batch_size: float,
+    new_batch_size: float,
     rule: Rule,
     *,
     old_factor: float,
@@ -73,7 +73,7 @@ def batch_factor(
     Source: Granziol, Zohren and Roberts, sections 10.1 and 11.
     """
 
-    def ruled(old: int, new: int) -> float:
+    def ruled(old: float, new: float) -> float:
         return scale_learning_rate(1.0, old, new, rule)
 
     direct = ruled(base_batch_size, new_batch_size)
@@ -97,7 +97,7 @@ class CurvePoint:
     num_samples: int  # that batches are drawn from
 
 
-def saturation(point: CurvePoint, old_batch_size: int, new_batch_size: int, *, step: int) -> float:
+def saturation(point: CurvePoint, old_batch_size: float, new_batch_size: float, *, step: int) -> float:
     """What the measured threshold curve allows for another batch size, where the measurement can be used.
 
     It can be used where it was taken at the old batch size, however long ago: the *shape* of the curve changes slowly,

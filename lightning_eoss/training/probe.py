@@ -7,15 +7,18 @@ are the same code under two names. This and `quiet` are the only places that tou
 import contextlib
 import copy
 import inspect
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -31,6 +34,7 @@ from lightning_eoss.curvature.measure import check_loss_fn
 from lightning_eoss.curvature.objective import (
     Batch,
     BatchListSource,
+    CombinedSource,
     DatasetSource,
     Part,
     Source,
@@ -42,6 +46,8 @@ from lightning_eoss.theory.stability import NoLimits, StabilityLimits, stability
 
 LossFn = Callable[[Any, Any], Tensor]
 
+_EPOCH = 10_000  # batches of a sampler that are looked at, at most
+PASS_NUM_SAMPLES = "Pass num_samples=, the samples of each batch, or a function of a batch that returns them."
 _ELSEWHERE = (
     "Measure a checkpoint with lightning_eoss.measure_sharpness(model, loss_fn, dataset, batch_size=...) instead."
 )
@@ -108,12 +114,13 @@ def refuse_frozen(pl_module: nn.Module, name: str) -> None:
         )
 
 
-def check_dataloader(dataloader: Any, name: str) -> None:
+def check_dataloader(dataloader: Any, name: str, *, ready: bool = False) -> None:
     """Raises where data of a monitor's own are not batches, or come only once.
 
     Args:
         dataloader: What a user gave.
         name: The callback's name, for the message.
+        ready: Whether the user says how many samples its batches have.
 
     Raises:
         TypeError: With the way out.
@@ -126,7 +133,7 @@ def check_dataloader(dataloader: Any, name: str) -> None:
             f"that yields them anew each time, not {type(dataloader).__name__}. Of a data set, pass "
             "DataLoader(dataset, batch_size=...)."
         )
-    if isinstance(dataloader, list) and dataloader and _is_sample(dataloader[0]):
+    if isinstance(dataloader, list) and dataloader and not ready and _is_sample(dataloader[0]):
         raise TypeError(
             f"{name}: the first entry of dataloader= is a sample, not a batch: what it consists of differs in length. "
             "Pass DataLoader(samples, batch_size=...), or, if these are batches, DataLoader(batches, batch_size=None)."
@@ -238,10 +245,16 @@ class TrainingData:
     """A second way to the samples that training draws from."""
 
     source: Source
-    batch_size: int  # of a loader batch; 1 where the source counts ready batches
+    batch_size: int  # of a loader batch, the mean where they differ; 1 where the source counts ready batches
     objects: tuple[Any, ...]  # that loading may change
     sampler: Any = None  # a batch sampler that is not uniform; None: batches are uniform without replacement
+    sizes: tuple[int, int] | None = None  # least and most samples of the sampler's own batches, where it decides
     loader: Any = None  # that they were taken from
+
+    def batches_of(self, num_samples: int | None) -> int | None:
+        """A number of samples in units of the source: ready batches count as one each."""
+        total = self.source.num_samples
+        return num_samples and -(-num_samples * total // self.source.size(range(total)))
 
 
 def is_live(data: TrainingData, trainer: Any) -> bool:
@@ -255,6 +268,7 @@ def training_data(
     name: str,
     dataloader: Iterable[Any] | None = None,
     max_samples: int | None = None,
+    count: Callable[[Any], int | None] = num_samples_of,
 ) -> TrainingData:
     """The samples that training can draw, reached past its live iterator.
 
@@ -264,6 +278,7 @@ def training_data(
         name: The callback's name, for messages.
         dataloader: Other data, a DataLoader or an iterable of batches.
         max_samples: Where batches have to be kept, how many samples of them; None: all.
+        count: Samples in a ready batch; None where that is not known.
 
     Returns:
         The data.
@@ -277,29 +292,68 @@ def training_data(
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # type: ignore[operator]
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
-    loader, reach = dataloader, None
-    if loader is None:
-        loaders = trainer.fit_loop._combined_loader.flattened
-        loader = loaders[0]
-        if len(loaders) != 1 or not _indexable(loader):
-            what = f"{len(loaders)} training loaders" if len(loaders) != 1 else _kind(loader)
-            raise MisconfigurationException(
-                f"{name} cannot read {what} a second time without disturbing training. Pass dataloader=, "
-                "a loader (or a list) of the batches that training_step gets, on data to measure on."
-            )
-        reach = _reach(trainer, loader)
-    drawn_from = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-    combined = getattr(loader, "flattened", [])  # the loaders of a CombinedLoader
-    with isolated(pl_module, [loader, *drawn_from, *combined]):  # iterating a loader or a sampler draws from generators
-        if _indexable(loader):
-            return _indexed(loader, transfer, reach)
-        its_batches = (batch for batch, _idx, _dataloader_idx in loader) if combined else loader
-        batches = list(_first_samples(its_batches, max_samples))
+    if dataloader is None:
+        return _read_again(trainer, pl_module, name, transfer)
+    combined = getattr(dataloader, "flattened", [])  # the loaders of a CombinedLoader
+    with isolated(pl_module, [each for one in (dataloader, *combined) for each in _reachable(one)]):
+        if _indexable(dataloader):
+            return _indexed(dataloader, transfer, None)
+        its_batches = (batch for batch, _idx, _dataloader_idx in dataloader) if combined else dataloader
+        batches = list(_first_samples(its_batches, max_samples, count))
     if not batches:
         raise MisconfigurationException(
             f"{name} got dataloader={dataloader!r}, which has no batches. Pass data to measure on."
         )
-    return TrainingData(BatchListSource(batches, [num_samples_of(batch) for batch in batches], transfer), 1, ())
+    sizes = [_num_samples(batch, count, getattr(dataloader, "iterables", None)) for batch in batches]
+    if None in sizes:
+        raise MisconfigurationException(
+            f"{name} cannot tell how many samples a batch of dataloader= has ({type(batches[0]).__name__}: its tensors "
+            f"differ in length, or there are none), and FullBS is a mean over samples. {PASS_NUM_SAMPLES}"
+        )
+    return TrainingData(BatchListSource(batches, [size or 0 for size in sizes], transfer), 1, ())
+
+
+def _num_samples(batch: Any, count: Callable[[Any], int | None], iterables: Any) -> int | None:
+    """Samples in a ready batch, in one of several loaders those of all of them; None where that is not known."""
+    size = count(batch)
+    if size is not None or iterables is None:
+        return size
+    pieces = [count(each) for each in tree_flatten(iterables)[1].flatten_up_to(batch) if each is not None]
+    return None if None in pieces else sum(each or 0 for each in pieces)
+
+
+def _read_again(trainer: Any, pl_module: nn.Module, name: str, transfer: Callable[[Any], Any]) -> TrainingData:
+    """The samples of training's own loaders."""
+    combined = trainer.fit_loop._combined_loader
+    loaders, structure = combined.flattened, tree_flatten(combined.iterables)[1]
+    several = len(loaders) > 1
+    strange = [each for each in loaders if not _indexable(each) or (several and not _is_uniform(each))]
+    if strange or not loaders:
+        raise MisconfigurationException(
+            f"{name} cannot read {_kind(strange)} a second time without disturbing training. Pass dataloader=, "
+            "a loader (or a list) of the batches that training_step gets, on data to measure on."
+        )
+
+    def build(batches: list[Any]) -> Any:
+        return transfer(tree_unflatten(batches, structure))
+
+    with isolated(pl_module, [each for loader in loaders for each in _reachable(loader)]):
+        if not several:
+            return _indexed(loaders[0], lambda batch: build([batch]), _reach(trainer, loaders[0]))
+        found = [_indexed(each, lambda batch: batch, _reach(trainer, each)) for each in loaders]
+    source = CombinedSource(
+        [data.source for data in found if isinstance(data.source, DatasetSource)],
+        [data.batch_size for data in found],
+        [not isinstance(each.sampler, SequentialSampler) for each in loaders],
+        combined._mode != "max_size",
+        build,
+    )
+    return TrainingData(source, 1, tuple(each for data in found for each in data.objects), loader=loaders[0])
+
+
+def _reachable(loader: Any) -> list[Any]:
+    """A loader, and what iterating it draws from."""
+    return [loader, *(getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler"))]
 
 
 def check_chosen_batch_size(batch_size: int | None, data: TrainingData) -> None:
@@ -312,20 +366,22 @@ def check_chosen_batch_size(batch_size: int | None, data: TrainingData) -> None:
     Raises:
         ValueError: With the way out.
     """
-    if batch_size is not None and isinstance(data.source, BatchListSource):
+    if batch_size is not None and not data.source.divisible:
         raise ValueError(
-            f"batch_size={batch_size} cannot be made of the ready batches of dataloader=: leave it out, "
-            "or pass a DataLoader over a map-style data set."
+            f"batch_size={batch_size} cannot be made of the ready batches of dataloader= or of several loaders: leave "
+            "it out, or pass a DataLoader over a map-style data set."
         )
 
 
-def _first_samples(batches: Iterable[Any], count: int | None) -> Iterator[Any]:
-    """Batches until so many samples have come."""
+def _first_samples(
+    batches: Iterable[Any], num_samples: int | None, count: Callable[[Any], int | None]
+) -> Iterator[Any]:
+    """Batches until so many samples have come; one at least, where a batch does not tell."""
     seen = 0
     for batch in batches:
         yield batch
-        seen += num_samples_of(batch)
-        if count is not None and seen >= count:
+        seen += count(batch) or 1
+        if num_samples is not None and seen >= num_samples:
             return
 
 
@@ -338,14 +394,22 @@ def _indexable(loader: Any) -> bool:
     )
 
 
-def _kind(loader: Any) -> str:
-    """Names what cannot be indexed."""
-    dataset = getattr(loader, "dataset", None)
-    return (
-        "an IterableDataset"
-        if isinstance(dataset, IterableDataset)
-        else f"a {type(loader).__name__} without a batch sampler"
-    )
+def _kind(loaders: list[Any]) -> str:
+    """Names what cannot be read again."""
+    if not loaders:
+        return "no training loader"
+    if isinstance(getattr(loaders[0], "dataset", None), IterableDataset):
+        return "an IterableDataset"
+    if _indexable(loaders[0]):
+        return "one of several training loaders, whose sampler is not uniform,"
+    return f"a {type(loaders[0]).__name__} without a batch sampler"
+
+
+def _is_uniform(loader: Any) -> bool:
+    """Whether batches of a fixed size come uniformly and without replacement."""
+    sampler = loader.sampler
+    known = type(sampler) in (RandomSampler, SequentialSampler, SubsetRandomSampler)
+    return type(loader.batch_sampler) is BatchSampler and known and not getattr(sampler, "replacement", False)
 
 
 def _reach(trainer: Any, loader: Any) -> int | None:
@@ -359,25 +423,39 @@ def _indexed(loader: Any, transfer: Callable[[Any], Any], reach: int | None) -> 
     """Samples by index, drawn as the loader's sampler would."""
     dataset, batch_sampler, sampler = loader.dataset, loader.batch_sampler, loader.sampler
     population: Any = None
-    plain = type(batch_sampler) is BatchSampler and not (isinstance(sampler, RandomSampler) and sampler.replacement)
-    if plain and type(sampler) is SubsetRandomSampler:
+    uniform, own = _is_uniform(loader), own_batch_sizes(loader)
+    if uniform and isinstance(sampler, SubsetRandomSampler):
         population = tuple(int(index) for index in sampler.indices)
-    elif plain and type(sampler) is SequentialSampler and reach is not None and reach < len(dataset):
+    elif uniform and isinstance(sampler, SequentialSampler) and reach is not None and reach < len(dataset):
         population = range(reach)
-    uniform = plain and type(sampler) in (RandomSampler, SequentialSampler, SubsetRandomSampler)
-    batch_size = getattr(batch_sampler, "batch_size", None) or len(next(iter(_reseeded(batch_sampler, 0))))
+    batch_size = round(fmean(own)) if own else batch_sampler.batch_size
     collate = loader.collate_fn
     return TrainingData(
         source=DatasetSource(dataset, collate, transfer, population),
         batch_size=min(batch_size, len(population or dataset)),
         objects=(dataset, sampler, batch_sampler, getattr(collate, "__self__", collate)),
         sampler=None if uniform else batch_sampler,
+        sizes=(min(own), max(own)) if own else None,
         loader=loader,
     )
 
 
+def own_batch_sizes(loader: Any) -> list[int]:
+    """Sizes of an epoch's batches where a batch sampler of its own makes them, from a copy; nothing where torch's does.
+
+    To be called where generators are isolated. What such a sampler calls its `batch_size` need not be a number of
+    samples, nor need its batches have one size (token budgets, buckets).
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_sampler is None or type(batch_sampler) is BatchSampler:
+        return []
+    return [len(each) for each in islice(_reseeded(batch_sampler, 0), _EPOCH)]
+
+
 def sampler_batches(data: TrainingData, *, parts: int, count: int, seed: int) -> Iterator[Batch]:
     """Batches as a weighted or custom sampler draws them, from a copy of it on a generator of our own.
+
+    A sampler may sort its batches, so steps are taken from anywhere in its epochs.
 
     Args:
         data: Training data with a sampler; to be called where the generators are isolated.
@@ -386,16 +464,24 @@ def sampler_batches(data: TrainingData, *, parts: int, count: int, seed: int) ->
         seed: Seed of the generator.
 
     Returns:
-        At most `count` batches; a short last loader batch is left out.
+        At most `count` batches. Where batches have one size, a short last one is left out unless all steps have it.
     """
-    wanted, found = count * parts, list[tuple[int, ...]]()
-    for epoch in range(wanted):
-        drawn = [tuple(each) for each in islice(_reseeded(data.sampler, derived_seed(seed, epoch)), wanted)]
-        found += [each for each in drawn if len(each) == data.batch_size]
-        if not drawn or len(found) >= wanted:
+    found, chooser = list[list[tuple[int, ...]]](), random.Random(seed)
+    for epoch in range(count):
+        drawn = [tuple(each) for each in islice(_reseeded(data.sampler, derived_seed(seed, epoch)), _EPOCH)]
+        full = [each for each in drawn if len(each) == data.batch_size or data.sizes]
+        drawn = full if len(full) >= parts else drawn
+        steps = [drawn[first : first + parts] for first in range(0, len(drawn) - parts + 1, parts)]
+        found += chooser.sample(steps, min(len(steps), count - len(found)))
+        if not steps or len(found) == count:
             break
-    pieces = [Part(1 / parts, len(each), each, derived_seed(seed, 2**31 + index)) for index, each in enumerate(found)]
-    return (tuple(pieces[first : first + parts]) for first in range(0, min(len(pieces), wanted) - parts + 1, parts))
+    return (
+        tuple(
+            Part(1 / parts, len(each), each, derived_seed(seed, 2**31 + number * parts + place))
+            for place, each in enumerate(step)
+        )
+        for number, step in enumerate(found)
+    )
 
 
 def _reseeded(sampler: Any, seed: int) -> Any:
@@ -409,14 +495,29 @@ def _reseeded(sampler: Any, seed: int) -> Any:
     return twin
 
 
-def effective_parts(trainer: Any) -> int:
-    """Loader batches of one optimizer step."""
-    return int(trainer.accumulate_grad_batches)
+def step_parts(trainer: Any) -> int:
+    """Loader batches of the step at hand: fewer than the accumulation's where the epoch ends before.
+
+    Known from its last batch on (`steps_now`), before that where the epoch's length is.
+    """
+    accumulated, ready = int(trainer.accumulate_grad_batches), trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    done = max(0, ready - 1) // accumulated * accumulated  # in earlier steps
+    return ready - done if steps_now(trainer) else int(min(accumulated, trainer.num_training_batches - done))
+
+
+def usual_parts(trainer: Any) -> int:
+    """Loader batches of a step that is not the last of an epoch, unless all are."""
+    return int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
 
 
 def steps_now(trainer: Any) -> bool:
-    """Whether the batch at hand is the one after which the optimizer steps."""
-    return not trainer.fit_loop._should_accumulate()
+    """Whether the batch at hand is the one after which the optimizer steps, on a gradient of this window."""
+    return not (trainer.fit_loop._should_accumulate() or trains_nothing(trainer))
+
+
+def trains_nothing(trainer: Any) -> bool:
+    """Whether no backward pass runs, as in the epoch that SWA updates BatchNorm in."""
+    return bool(trainer.fit_loop._skip_backward)
 
 
 def logging_step(trainer: Any) -> int:

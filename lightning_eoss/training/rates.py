@@ -10,15 +10,25 @@ all that there is to save.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import num_samples_of
+from lightning_eoss.training.probe import (
+    PASS_NUM_SAMPLES,
+    own_batch_sizes,
+    step_parts,
+    steps_now,
+    trains_nothing,
+    usual_parts,
+)
 
 Factor = Callable[[Sequence[Any]], float]  # the groups' own rates, numbers or tensors, to the factor to all of them
 
@@ -284,13 +294,20 @@ def applied_rates(trainer: Any) -> list[float]:
 class StepSize:
     """Samples of an optimizer step: a loader batch's, times the accumulation, times the processes that share the data.
 
-    Of several loaders, all of which give a batch to each step, the sum. Where a loader does not tell its batch size
-    (`batch_size=None`, a custom batch sampler), the samples of its first batch are counted, once for each loader.
+    Of several loaders, all of which give a batch to each step, the sum. Of a batch sampler of the user's own the mean
+    over an epoch. Where a loader does not tell (`batch_size=None`) batches are counted: the first one, and from the
+    second epoch on the mean of the one before. An epoch that ends within the accumulation makes its steps smaller.
     """
 
-    _counted: tuple[list[Any], int] = field(default=([], 0), repr=False)  # loaders, and samples of their first batch
+    count: Callable[[Any], int | None] = num_samples_of  # samples in a ready batch
+    _loaders: list[Any] = field(default_factory=list, repr=False)
+    _told: list[tuple[float, float] | None] = field(default_factory=list)  # mean samples of their batches, of all
+    _counted: float | None = None  # of those that do not tell, together
+    _epoch: int = -1  # whose batches are being counted
+    _counts: list[int] = field(default_factory=list, repr=False)
+    _longest: tuple[int, int] = (0, 0)  # accumulation, and most batches of a step where the epoch's length is unknown
 
-    def now(self, trainer: Any, batch: Any = None) -> int | None:
+    def now(self, trainer: Any, batch: Any = None) -> float | None:
         """Looks.
 
         Args:
@@ -298,31 +315,63 @@ class StepSize:
             batch: The batch at hand, where there is one.
 
         Returns:
-            The samples, or None where only a batch can tell.
+            The samples; None where only a batch or the step itself can tell, and where nothing is trained.
+
+        Raises:
+            MisconfigurationException: If nobody tells how many samples a batch has.
         """
         loaders = trainer.fit_loop._combined_loader.flattened
-        sizes = [_batch_size(loader) for loader in loaders]
-        total = sum(size for size in sizes if size)
-        if None in sizes:
-            known, samples = self._counted
-            if [id(each) for each in known] != [id(each) for each in loaders]:
-                if batch is None:
-                    return None
-                samples = int(trainer.strategy.broadcast(num_samples_of(batch)))  # the same on all processes
-                self._counted = (list(loaders), samples)
-            total += samples
-        return total * int(trainer.accumulate_grad_batches) * _sharing(trainer)
+        if [id(each) for each in self._loaders] != [id(each) for each in loaders]:
+            self._loaders, self._told = list(loaders), [_batch_size(each) for each in loaders]
+            self._counted, self._counts = None, []
+        if None in self._told and batch is not None:
+            self._count(trainer, batch)
+        parts = self.parts(trainer)
+        if trains_nothing(trainer) or not parts or (None in self._told and self._counted is None):
+            return None
+        samples = parts * (self._counted or 0) + sum(min(parts * each[0], each[1]) for each in self._told if each)
+        samples *= _sharing(trainer)
+        return int(samples) if samples == int(samples) else round(samples, 2)
+
+    def _count(self, trainer: Any, batch: Any) -> None:
+        """Counts a batch; the mean of an epoch leaves a short last one out."""
+        size = self.count(batch)
+        if size is None:
+            raise MisconfigurationException(
+                f"The samples of a batch ({type(batch).__name__}) are not known: its tensors differ in length, or "
+                f"there are none, and its loader has no batch_size. So no rule gives the rate. {PASS_NUM_SAMPLES}"
+            )
+        if trainer.current_epoch != self._epoch or self._counted is None:
+            usual = self._counts[:-1] if len(self._counts) > 1 and self._counts[-1] < self._counts[0] else self._counts
+            self._counted = float(trainer.strategy.broadcast(fmean(usual or [size])))  # the same on all processes
+            self._epoch, self._counts = trainer.current_epoch, []
+        self._counts.append(size)
+
+    def parts(self, trainer: Any) -> int:
+        """Batches of a usual step; 0 where the first one has yet to show how many the epoch has."""
+        accumulated = int(trainer.accumulate_grad_batches)
+        if accumulated == 1 or trainer.num_training_batches < math.inf:
+            return usual_parts(trainer)
+        if self._longest[0] != accumulated:
+            self._longest = (accumulated, 0)
+        if steps_now(trainer):
+            self._longest = max(self._longest, (accumulated, step_parts(trainer)))
+        return self._longest[1]
 
 
-def _batch_size(loader: Any) -> int | None:
-    """Samples of a loader's batches, where it tells."""
+def _batch_size(loader: Any) -> tuple[float, float] | None:
+    """Samples of a loader's batches, in the mean, and of all of them together; None where it does not tell."""
+    with isolated(nn.Module(), [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]):
+        own = own_batch_sizes(loader)
+    if own:
+        return fmean(own), math.inf
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if not isinstance(size, int) or size < 1:
         return None
     try:
-        return max(1, min(size, len(loader.sampler)))  # one batch may be all there is
+        return size, max(1, len(loader.sampler))  # one batch may be all there is
     except (AttributeError, TypeError):  # a stream
-        return size
+        return size, math.inf
 
 
 def _sharing(trainer: Any) -> int:

@@ -12,12 +12,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.objective import BatchCache, Objective
+from lightning_eoss.curvature.objective import BatchCache, Objective, num_samples_of
 from lightning_eoss.training.probe import (
     TrainingData,
     check_dataloader,
     is_live,
     logging_step,
+    step_parts,
     training_data,
     training_loss,
 )
@@ -40,6 +41,7 @@ class Watch:
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     dataloader: Iterable[Any] | None = None
     max_samples: int | None = None  # that an iterable of unknown length is read for
+    num_samples: int | Callable[[Any], int] | None = None  # of a ready batch; None: as it says itself
     as_trained: bool = False  # under training's own autocast
     page: Callable[[Any, Collection[str]], None] | None = None  # writes the dashboard into a logger's experiment
     history: list[dict[str, float]] = field(default_factory=list)
@@ -52,7 +54,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         if self.dataloader is not None:
-            check_dataloader(self.dataloader, self.name)
+            check_dataloader(self.dataloader, self.name, ready=self.num_samples is not None)
 
     def begin(self) -> None:
         """Starts the clock of a fit."""
@@ -79,7 +81,7 @@ class Watch:
             The objective, and the isolation that it lives in.
         """
         if self.data is None or (self.dataloader is None and not is_live(self.data, trainer)):
-            self.data = training_data(trainer, pl_module, self.name, self.dataloader, self.max_samples)
+            self.data = training_data(trainer, pl_module, self.name, self.dataloader, self.max_samples, self.count)
         with quiet(trainer, pl_module, (*self.data.objects, self.loss_fn)) as isolation:
             loss = training_loss(
                 trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=self.as_trained
@@ -100,9 +102,25 @@ class Watch:
                     isolation,
                     self._cache(trainer),
                     owned={id(each) for each in owned} or None,
+                    # The divisor is the whole accumulation's, also where the epoch ends before it is full.
+                    scale=step_parts(trainer) / trainer.accumulate_grad_batches,
                 ),
                 isolation,
             )
+
+    def count(self, batch: Any) -> int | None:
+        """Samples in a ready batch; None where nobody tells."""
+        if self.num_samples is None:
+            return num_samples_of(batch)
+        return self.num_samples if isinstance(self.num_samples, int) else int(self.num_samples(batch))
+
+    def step_size(self, trainer: Any, batch_size: int | None) -> tuple[int, int]:
+        """Samples of a loader batch (or as many as a user chose), and how many of them the step at hand has."""
+        assert self.data is not None
+        if batch_size is not None:
+            return batch_size, 1
+        there = -(-self.data.source.num_samples // self.data.batch_size)
+        return self.data.batch_size, max(1, min(step_parts(trainer), there))
 
     def _cache(self, trainer: Any) -> BatchCache:
         """What other monitors of the Trainer have loaded for the same step from the same loader."""

@@ -27,10 +27,10 @@ from torch.utils.data import (
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.training.probe import (
     TrainingData,
-    effective_parts,
     logging_step,
     refuse,
     sampler_batches,
+    step_parts,
     steps_now,
     training_data,
 )
@@ -140,9 +140,9 @@ def test_batches_of_a_sampler_follow_its_weights(tmp_path: Path) -> None:
 
 def test_a_short_batch_of_a_sampler_is_left_out(tmp_path: Path) -> None:
     found = data_of(tmp_path, loader(sampler=Reversed(), batch_size=5))
-    (batch, *_) = batches = list(sampler_batches(found, parts=1, count=6, seed=0))
-    assert batch[0].indices == (23, 22, 21, 20, 19)
-    assert [batch[0].size for batch in batches] == [5] * 6
+    batches = [batch[0] for batch in sampler_batches(found, parts=1, count=6, seed=0)]
+    assert [batch.size for batch in batches] == [5] * 6
+    assert {batch.indices for batch in batches[:4]} == {tuple(range(last, last - 5, -1)) for last in (23, 18, 13, 8)}
 
 
 # ---- which window ----------------------------------------------------------------------------------------------------
@@ -152,11 +152,11 @@ def test_windows(tmp_path: Path) -> None:
     """Seven batches, three a step, twice: the last window is short, and loss and monitor share their x."""
     answers = asked(
         tmp_path,
-        lambda trainer, _: (effective_parts(trainer), steps_now(trainer), logging_step(trainer)),
+        lambda trainer, _: (step_parts(trainer), steps_now(trainer), logging_step(trainer)),
         loader(samples(28)),
         accumulate_grad_batches=3,
     )
-    assert [parts for parts, _, _ in answers] == [3] * 14
+    assert [parts for parts, _, _ in answers] == [3, 3, 3, 3, 3, 3, 1] * 2
     assert [steps for _, steps, _ in answers] == [False, False, True, False, False, True, True] * 2
     assert [x for _, steps, x in answers if steps] == [0, 1, 2, 3, 4, 5]
 
@@ -388,7 +388,11 @@ class Ready:
     ("data", "what"),
     [
         (lambda: loader(Stream()), "an IterableDataset"),
-        (lambda: [loader(), loader()], "2 training loaders"),
+        (lambda: [loader(), loader(Stream())], "an IterableDataset"),
+        (
+            lambda: [loader(), loader(sampler=Reversed())],
+            "one of several training loaders, whose sampler is not uniform,",
+        ),
         (lambda: DataLoader(samples(), batch_size=None), "a DataLoader without a batch sampler"),
         (lambda: Ready(), "a Ready without a batch sampler"),
     ],

@@ -338,8 +338,10 @@ def fake_trainer(*loaders: Any, accumulate: int = 1, world_size: int = 1, **opti
     combined = CombinedLoader(list(loaders))
     strategy = SimpleNamespace(broadcast=lambda value: value)
     return SimpleNamespace(
-        fit_loop=SimpleNamespace(_combined_loader=combined),
+        fit_loop=SimpleNamespace(_combined_loader=combined, _skip_backward=False),
         accumulate_grad_batches=accumulate,
+        num_training_batches=24,
+        current_epoch=0,
         world_size=world_size,
         distributed_sampler_kwargs=None,
         strategy=strategy,
@@ -365,11 +367,9 @@ class Custom:
         (lambda: [loader(batch_size=4)], 4),
         (lambda: [loader(batch_size=4), loader(batch_size=8)], 12),  # a step sees a batch of each
         (lambda: [DataLoader(Stream(), batch_size=4)], 4),
-        (lambda: [loader(batch_size=100)], 24),  # there are no more
-        (lambda: [loader(batch_size=8, sampler=SubsetRandomSampler(range(6)))], 6),
         (lambda: [DataLoader(samples(), batch_sampler=BatchSampler(SequentialSampler(range(24)), 6, False))], 6),
         (lambda: [DataLoader(Stream(), batch_size=None)], None),
-        (lambda: [DataLoader(samples(), batch_sampler=[[0, 1, 2], [3]])], None),
+        (lambda: [DataLoader(samples(), batch_sampler=[[0, 1, 2], [3]])], 2),
         (lambda: [Custom()], None),
         (lambda: [loader(batch_size=4), Custom()], None),
     ],
@@ -381,6 +381,12 @@ def test_samples_of_a_step(made: Any, expected: int | None) -> None:
     if expected is None:
         known = 4 if len(made()) == 2 else 0
         assert StepSize().now(several, torch.zeros(5, 2)) == 6 * (known + 5)
+
+
+def test_a_step_has_no_more_samples_than_there_are() -> None:
+    for data, there in ((loader(batch_size=100), 24), (loader(batch_size=8, sampler=SubsetRandomSampler(range(6))), 6)):
+        assert StepSize().now(fake_trainer(data)) == there
+        assert StepSize().now(fake_trainer(data, accumulate=3, world_size=2)) == 2 * there
 
 
 def test_processes_that_share_their_samples_count_once() -> None:
