@@ -14,7 +14,7 @@ from lightning_eoss.curvature.noise import Noise, gradient_with_noise
 from lightning_eoss.curvature.objective import Objective, Part, derived_seed, full_batch
 from lightning_eoss.curvature.operators import gradient_graph, unflattened
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
-from lightning_eoss.training.probe import refuse, refuse_frozen, usual_parts
+from lightning_eoss.training.probe import refuse, refuse_frozen, trains_nothing, usual_parts
 from lightning_eoss.training.watch import Watch
 
 _ENTRIES = 2**26  # of gradients of samples that are held at once
@@ -125,6 +125,8 @@ class GradientNoiseInjector(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Replaces the gradient. An optimizer that asks again in the same step (LBFGS) gets the same noise."""
+        if trains_nothing(trainer):  # SWA ends with a step on no gradient at all
+            return
         with (
             self._watch.forgiving(first=True),  # never: a step on another gradient would go unnoticed
             self._watch.objective(trainer, pl_module, self._batch_idx) as (objective, _),

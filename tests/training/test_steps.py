@@ -13,7 +13,13 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from lightning_eoss import GradientNoiseMonitor, LearningRateRescaler, SharpnessMonitor, SpectralDensityMonitor
+from lightning_eoss import (
+    GradientNoiseInjector,
+    GradientNoiseMonitor,
+    LearningRateRescaler,
+    SharpnessMonitor,
+    SpectralDensityMonitor,
+)
 from lightning_eoss.curvature.objective import num_samples_of
 from tests.problems import top
 from tests.runs import Regressor, assert_same, fit, samples, seeded, state_of
@@ -162,6 +168,15 @@ def test_an_accumulation_without_backward_passes_is_no_batch_size(tmp_path: Path
         trainer = fit(tmp_path / name, module, loader, averaging, *callbacks, max_epochs=3, gradient_clip_val=None)
         return {**state_of(trainer), "loops": None}, list(callbacks)
 
+    stepped: list[bool] = []
+
+    class Injector(GradientNoiseInjector):
+        def _gradient(self, trainer: Any, objective: Any) -> Tensor:
+            stepped.append(trainer.fit_loop._skip_backward)
+            return super()._gradient(trainer, objective)
+
+    trained("injected", Injector(noise="none"))
+    assert stepped == [False] * 24  # three epochs; the fourth updates BatchNorm
     rescaler = LearningRateRescaler(base_batch_size=4)
     watch = SharpnessMonitor(every_n_train_steps=8, num_batches=2)
     watched, _ = trained("watched", rescaler, watch)
