@@ -305,7 +305,7 @@ def _graph_bytes(objective: Objective, part: Part) -> float:
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout is torch.strided and tensor.data_ptr() not in known:  # sparse ones have no pointer
             storages[tensor.data_ptr()] = num_bytes(tensor)
-        return tensor
+        return tensor.detach()  # an output that its own function holds by a hook is a cycle that no collector sees
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         gradient_graph(objective, part)
