@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_eoss
 from lightning_eoss import SharpnessMonitor
 
 OURS = ("sharpness/", "prediction/", "spectrum/", "learning_rate/", "gradient_noise/", "weights/", "cost/")
@@ -53,6 +54,26 @@ def monitor(every_n_train_steps: int | None = 2, **options: Any) -> SharpnessMon
     """A monitor that is content with four mini-batches."""
     options = {"every_n_train_steps": every_n_train_steps, "num_batches": 4, **options}
     return SharpnessMonitor(**options)
+
+
+# All callbacks that a user can import, and what makes a short run show all that they show.
+PUBLIC_CALLBACKS = [
+    name
+    for name in lightning_eoss.__all__
+    if isinstance(getattr(lightning_eoss, name), type) and issubclass(getattr(lightning_eoss, name), Callback)
+]
+_BUSY: dict[str, dict[str, Any]] = {
+    "GradientNoiseMonitor": {"every_n_train_steps": 2, "num_batches": 4},
+    "SharpnessMonitor": {"every_n_train_steps": 2, "num_batches": 4, "predictions": True},
+    "SpectralDensityMonitor": {"every_n_train_steps": 2, "steps": 5},
+    "SpectralLearningRate": {"every_n_epochs": 1, "steps": 5},
+    "WeightDistanceMonitor": {"every_n_train_steps": 2},
+}
+
+
+def public_callback(name: str) -> Any:
+    """One of them, busy where its defaults would hardly do anything in a short run."""
+    return getattr(lightning_eoss, name)(**_BUSY.get(name, {}))
 
 
 def trainer_of(root: Path, *callbacks: Any, kind: type[Any] = Trainer, **options: Any) -> Any:

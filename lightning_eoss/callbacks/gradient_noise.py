@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,12 +97,8 @@ class GradientNoiseMonitor(Callback):
         share = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self._agenda = Agenda(("noise",), every_n_train_steps, share)
         self._watch = Watch(
-            type(self).__name__,
-            loss_fn,
-            dataloader,
-            full_batch_samples,
-            num_samples,
-            page=tags.write_layout,
+            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples),
+            page=tags.write_page,
             shares=True,
         )
         self._findings: Findings | None = None
@@ -177,9 +174,7 @@ class GradientNoiseMonitor(Callback):
                 stream=stream,
             )
         self._agenda.charge("noise", self.last.seconds)
-        step = self._watch.publish(trainer, noise_scalars(self.last))
-        for logger in trainer.loggers:
-            write_noise(getattr(logger, "experiment", None), self.last, step)
+        self._watch.publish(trainer, self, noise_scalars(self.last), partial(write_noise, noise=self.last))
 
     def _prepare(self, trainer: Any, objective: Objective) -> None:
         """Finds out what the loss allows and what a measurement costs, and says so."""

@@ -116,7 +116,7 @@ class LearningRateRescaler(Callback):
         self.min_scale = min_scale
         self.max_scale = max_scale
         self.dry_run = dry_run
-        self._watch = Watch(type(self).__name__, num_samples=num_samples, page=tags.write_layout)
+        self._watch = Watch(type(self).__name__, num_samples=num_samples, page=tags.write_page)
         self._overlay = Overlay(self._scale)
         self._monitor: Any = None
         self._forget()
@@ -142,6 +142,11 @@ class LearningRateRescaler(Callback):
     def history(self) -> list[dict[str, float]]:
         """What was logged, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
+
+    @property
+    def dashboard_categories(self) -> frozenset[str]:
+        """What it shows on the dashboard."""
+        return frozenset({tags.LEARNING_RATE})
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -242,7 +247,7 @@ class LearningRateRescaler(Callback):
                 tags.LEARNING_RATE_SUGGESTED: float(own[0] * scale),
                 tags.LEARNING_RATE_SCALE: scale,
             }
-            self._watch.publish(trainer, values)
+            self._watch.publish(trainer, self, values)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Checkpoints hold the schedule's own rates, even one that is made by a callback that sees the others."""
@@ -310,7 +315,7 @@ class LearningRateRescaler(Callback):
         self._news = True
         groups = len(self._overlay.own)
         which = "the learning rate" if groups == 1 else f"the largest learning rate of {groups} groups"
-        self._watch.announce([f"step {trainer.global_step}, {which} {what}"])
+        self._watch.tell([f"step {trainer.global_step}, {which} {what}"])
 
     def _follow_batch_size(self, trainer: Any, batch: Any) -> list[str]:
         """Rescales by the rule; the reason, where there is one."""

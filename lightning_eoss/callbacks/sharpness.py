@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,7 @@ from lightning_eoss.training.probe import (
     trains_nothing,
 )
 from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import UNPAID, Watch, categories_shown, now
+from lightning_eoss.training.watch import UNPAID, Watch, now
 from lightning_eoss.training.window import Window
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
@@ -169,7 +170,7 @@ class SharpnessMonitor(Callback):
 
         trained = precision == "as_trained"
         self._watch = Watch(
-            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples, trained, tags.write_layout),
+            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples, trained, tags.write_page),
             shares=True,
         )
         self.mini_batch_sharpness = MiniBatchSharpness()
@@ -185,8 +186,6 @@ class SharpnessMonitor(Callback):
         self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
         self._put_off: frozenset[str] = frozenset()  # until an adaptive optimizer has taken its first step
         self._window = Window()
-        self._notes: list[str] = []
-        self._drawn = False  # whether loggers have the dashboard
         self._shown = False  # whether anything has been measured
         self._momentum = False  # whether small batches have a lower line
 
@@ -211,7 +210,7 @@ class SharpnessMonitor(Callback):
         self._watch.count_twins(trainer, self)
         self._findings = self._plan = self._watch.data = None
         self._agenda.forget()
-        self._drawn = self._momentum = False
+        self._momentum = False
         self.latest = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -373,10 +372,12 @@ class SharpnessMonitor(Callback):
         for warning in prospect.warnings:
             self._watch.say(warning)
         self._agenda.expect(prospect.costs)
-        self._plan, self._notes = prospect.plan, prospect.notes
+        self._plan = prospect.plan
         if data.sizes:
-            self._notes.append(f"its batches have {data.sizes[0]} to {data.sizes[1]} samples, each counts as one step")
-        self._watch.announce(self._notes)
+            prospect.notes.append(
+                f"its batches have {data.sizes[0]} to {data.sizes[1]} samples, each counts as one step"
+            )
+        self._watch.announce(prospect.notes)
 
     def _charge(self, seen: _Seen, seconds: float) -> None:
         """Shares the seconds out: to FullBS by its products, among the others as they were expected."""
@@ -418,17 +419,10 @@ class SharpnessMonitor(Callback):
             self.mini_batch_sharpness.control_mean = measurement.control_mean
             controls = torch.tensor(measurement.controls, dtype=torch.float64)
             self.mini_batch_sharpness.update(eigenvalues, controls)
-        experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-        if not self._drawn:
-            self._momentum = tags.THRESHOLD_SMALL_BATCH in values
-            for experiment in experiments:
-                tags.write_guide(experiment, self._notes, categories_shown(trainer))
-        step = self._watch.publish(trainer, values)
-        for experiment in experiments:
-            if len(eigenvalues):
-                tags.write_histogram(experiment, eigenvalues, step)
-            write_preconditioner(experiment, seen.limits, step)
-        self._drawn = self._shown = True
+        self._momentum = self._momentum or tags.THRESHOLD_SMALL_BATCH in values
+        histograms = [partial(tags.write_histogram, values=eigenvalues)] if len(eigenvalues) else []
+        self._watch.publish(trainer, self, values, *histograms, partial(write_preconditioner, limits=seen.limits))
+        self._shown = True
         if tags.EDGE_RATIO in values:
             trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
 

@@ -152,7 +152,7 @@ class SpectralLearningRate(Callback):
         self.operator = operator
         self.outputs_fn = outputs_fn
         self.last: LearnedRates | None = None  # what was learned last
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, page=tags.write_layout)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, page=tags.write_page)
         self._findings: Findings | None = None
         self._last_epoch: int | None = None  # in which it was time
 
@@ -281,7 +281,7 @@ class SpectralLearningRate(Callback):
         if not self.dry_run:
             for group, lr in zip(groups, suggested, strict=True):
                 _write(group, lr, learned.momentum, is_nesterov=self.rule == "nesterov")
-        self._watch.announce(
+        self._watch.tell(
             [
                 f"epoch {trainer.current_epoch}: {before} {'would become' if self.dry_run else 'become'} "
                 f"lr {suggested[0]:.3g}, momentum {learned.momentum:.3g} ({self.rule})",
@@ -290,6 +290,7 @@ class SpectralLearningRate(Callback):
         )
         self._watch.publish(
             trainer,
+            self,
             {
                 tags.LEARNING_RATE_APPLIED: float(groups[0]["lr"]),
                 tags.LEARNING_RATE_SUGGESTED: suggested[0],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
@@ -13,6 +14,7 @@ from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan
 from lightning_eoss.curvature.spectrum import Spectra, check_spectrum, spectra
+from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.spectrum import spectrum_scalars, write_spectrum
 from lightning_eoss.training.agenda import Agenda
 from lightning_eoss.training.probe import refuse, refuse_frozen, steps_now
@@ -101,7 +103,11 @@ class SpectralDensityMonitor(Callback):
         self.outputs_fn = outputs_fn
         share = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self._agenda = Agenda(("density",), every_n_train_steps, share)
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples, shares=True)
+        self._watch = Watch(
+            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples),
+            page=tags.write_page,
+            shares=True,
+        )
         self._findings: Findings | None = None
         self._plan: Plan | None = None
         self.last: Spectra | None = None  # what was measured last
@@ -110,6 +116,11 @@ class SpectralDensityMonitor(Callback):
     def history(self) -> list[dict[str, float]]:
         """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
+
+    @property
+    def dashboard_categories(self) -> frozenset[str]:
+        """What it shows on the dashboard."""
+        return frozenset({tags.SPECTRUM_SHAPE})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
@@ -172,9 +183,7 @@ class SpectralDensityMonitor(Callback):
                 curvature=curvature_of(self.operator, self.outputs_fn, objective, size),
             )
         self._agenda.charge("density", self.last.seconds)
-        step = self._watch.publish(trainer, spectrum_scalars(self.last))
-        for logger in trainer.loggers:
-            write_spectrum(getattr(logger, "experiment", None), self.last, step)
+        self._watch.publish(trainer, self, spectrum_scalars(self.last), partial(write_spectrum, spectra=self.last))
 
     def _prepare(self, trainer: Any, objective: Objective) -> None:
         """Finds out what the loss allows and what a measurement costs, and says so."""

@@ -82,7 +82,7 @@ class WeightDistanceMonitor(Callback):
         self.projection = projection
         self.layer_depth = layer_depth
         self.seed = seed
-        self._watch = Watch(type(self).__name__, page=tags.write_layout)
+        self._watch = Watch(type(self).__name__, page=tags.write_page)
         self._shapes: dict[str, list[int]] = {}  # of the parameters that were trained at w_0, by name
         self._kept = 0  # dimension of the sketches of w_0; 0: it is a copy
         self._initial: list[Tensor] = []  # w_0: a copy of each parameter, or a sketch of each layer
@@ -141,7 +141,7 @@ class WeightDistanceMonitor(Callback):
             return
         self._due = self._after(t)
         with self._watch.forgiving(first=False):
-            self._watch.publish(trainer, self._look(pl_module, t))
+            self._watch.publish(trainer, self, self._look(pl_module, t))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes how many steps were made, should another Trainer go on from here."""

@@ -108,7 +108,7 @@ WITH_INTERVAL = (
 
 LAMBDA_MAX = "sharpness/lambda_max"  # a histogram
 PRECONDITIONER = "sharpness/log10_preconditioner"  # a histogram
-GUIDE = "sharpness/guide"  # a text card
+GUIDE = "sharpness/guide"  # a text card; other callbacks' are named after their tags
 
 #: What each scalar is, in one line.
 DESCRIPTIONS: dict[str, str] = {
@@ -256,6 +256,21 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
             smoothed=True,
         ),
     ),
+    "Spectrum": (
+        _Chart(
+            "Ends of the spectrum",
+            "the largest and the smallest eigenvalue of the full batch and of one batch: batch noise widens it",
+            (SPECTRUM_LARGEST, SPECTRUM_BATCH_LARGEST, SPECTRUM_SMALLEST, SPECTRUM_BATCH_SMALLEST),
+            smoothed=True,
+        ),
+        _Chart("Sum of the eigenvalues", "the trace, most of it from few directions", (SPECTRUM_TRACE,), smoothed=True),
+        _Chart("Rank", "how many directions curve at all, at least", (SPECTRUM_RANK,), smoothed=True),
+        _Chart(
+            "Share of negative eigenvalues",
+            "how far from a minimum the loss is, and how much of that is batch noise",
+            (SPECTRUM_NEGATIVE, SPECTRUM_BATCH_NEGATIVE),
+        ),
+    ),
     "Gradient noise": (
         _Chart(
             "Variance of the batch gradient",
@@ -312,7 +327,7 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
 }
 SHARPNESS = frozenset({"Am I at the edge?", "Sharpness", "Batch noise", "Cost"})
 MOMENTUM, LEARNING_RATE, PREDICTIONS = "Momentum", "Learning rate", "Predictions"
-LEARNED_RATES, GRADIENT_NOISE, WEIGHTS = "Learned rates", "Gradient noise", "Weights"
+LEARNED_RATES, SPECTRUM_SHAPE, GRADIENT_NOISE, WEIGHTS = "Learned rates", "Spectrum", "Gradient noise", "Weights"
 CATEGORIES = tuple(_CATEGORIES)
 _CLOSED = {"Cost"}
 
@@ -356,6 +371,24 @@ def _message(chart: _Chart) -> layout_pb2.Chart:
     return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=series))
 
 
+def write_page(
+    experiment: Any, shown: Collection[str], own: Collection[str] = SHARPNESS, notes: Sequence[str] = ()
+) -> None:
+    """Writes all that a callback's scalars are read with: the page of the whole run, and a text card of its own.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it is TensorBoard's `SummaryWriter`.
+        shown: Titles of the categories that the run has.
+        own: Those that the callback fills.
+        notes: Facts of the run, one line each.
+
+    Example:
+        >>> write_page(object(), SHARPNESS)  # not TensorBoard: nothing happens
+    """
+    write_layout(experiment, shown)
+    write_guide(experiment, notes, own)
+
+
 def write_layout(experiment: Any, categories: Collection[str] = SHARPNESS) -> None:
     """Writes the page into a run; once a run is enough.
 
@@ -382,13 +415,13 @@ def write_guide(experiment: Any, notes: Sequence[str], categories: Collection[st
     Args:
         experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_text`.
         notes: Facts of the run, one line each, such as "FullBS: fixed random subset of 8,192 of 50,000 samples".
-        categories: Titles of the categories that the run has.
+        categories: Titles of the categories that it explains; the first gives the card its name, `sharpness/guide`.
 
     Example:
         >>> write_guide(object(), ["batch size 16"])  # not TensorBoard: nothing happens
     """
     charts = [chart for charts in _shown(categories).values() for chart in charts]
-    kinds = {tag.split("/")[0] for chart in charts for tag in chart.tags}
+    kinds = list(dict.fromkeys(tag.split("/")[0] for chart in charts for tag in chart.tags))
     lines = [
         "**This run**\n" if notes else "",
         *(f"- {note}" for note in notes),
@@ -397,7 +430,7 @@ def write_guide(experiment: Any, notes: Sequence[str], categories: Collection[st
         "\n**The tags**\n",
         *(f"- `{tag}`: {text}." for tag, text in DESCRIPTIONS.items() if tag.split("/")[0] in kinds),
     ]
-    _call(experiment, "add_text", GUIDE, "\n".join(lines), 0)
+    _call(experiment, "add_text", f"{kinds[0]}/guide", "\n".join(lines), 0)
 
 
 def write_histogram(experiment: Any, values: Any, step: int, *, tag: str = LAMBDA_MAX) -> None:

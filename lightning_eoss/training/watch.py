@@ -1,7 +1,7 @@
 """What every monitor does around a measurement: its clock, its way to the data, its words, its points."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,13 +43,14 @@ class Watch:
     max_samples: int | None = None  # that an iterable of unknown length is read for
     num_samples: int | Callable[[Any], int] | None = None  # of a ready batch; None: as it says itself
     as_trained: bool = False  # under training's own autocast
-    page: Callable[[Any, Collection[str]], None] | None = None  # writes the dashboard into a logger's experiment
+    page: Callable[..., None] | None = None  # writes the dashboard, see `display.dashboard.write_page`
     history: list[dict[str, float]] = field(default_factory=list)
     data: TrainingData | None = None
     began: float = field(default_factory=time.perf_counter)
     spent: float = 0.0  # seconds in hooks since fit began
     shares: bool = False  # batches with other monitors of the step; then `release` has to be called
-    _drawn: bool = False  # whether the loggers of this fit have the dashboard
+    notes: Sequence[str] = ()  # what holds for this run, for the dashboard
+    _drawn: set[int] = field(default_factory=set)  # loggers of this fit that have the dashboard
     _said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class Watch:
 
     def begin(self) -> None:
         """Starts the clock of a fit."""
-        self.began, self.spent, self._drawn = time.perf_counter(), 0.0, False
+        self.began, self.spent, self._drawn = time.perf_counter(), 0.0, set()
 
     @property
     def elapsed(self) -> float:
@@ -142,27 +143,45 @@ class Watch:
         if trainer in _SHARED and monitor is [m for m in trainer.callbacks if getattr(m, "shares_batches", False)][-1]:
             del _SHARED[trainer]
 
-    def publish(self, trainer: Any, values: dict[str, float]) -> int:
-        """Gives scalars to every logger and to the Trainer, and keeps them; before the first ones, the dashboard.
+    def publish(self, trainer: Any, callback: Any, values: dict[str, float], *pictures: Callable[..., None]) -> None:
+        """Keeps scalars and gives them to the Trainer and to every logger, with pictures, and first of all a dashboard.
+
+        All that callbacks of this package write goes through here: what a logger does not take is lost, and no more.
 
         Args:
             trainer: The Trainer that runs.
+            callback: The one that publishes, whose `dashboard_categories` are explained on the dashboard.
             values: Tag to value.
-
-        Returns:
-            The x at which they stand, that of the loss of the batch at hand.
+            pictures: Write more than scalars into a logger's experiment, at `step`.
         """
         step = logging_step(trainer)
         self.history.append({"step": float(step), **values})
         if len(self.history) > HISTORY:
             self.history[: HISTORY // 2] = self.history[: HISTORY // 2 : 2]
-        for logger in trainer.loggers:
-            if self.page is not None and not self._drawn:
-                self.page(getattr(logger, "experiment", None), categories_shown(trainer))
-            logger.log_metrics(values, step=step)
-        self._drawn = True
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
-        return step
+        for logger in trainer.loggers:
+            with self._losing(logger):
+                logger.log_metrics(values, step=step)
+            with self._losing(logger):
+                experiment = getattr(logger, "experiment", None)
+                for picture in pictures:
+                    picture(experiment, step=step)
+                if self.page is not None and id(logger) not in self._drawn:
+                    self.page(experiment, categories_shown(trainer), callback.dashboard_categories, self.notes)
+                    self._drawn.add(id(logger))
+
+    @contextmanager
+    def _losing(self, logger: Any) -> Iterator[None]:
+        """Lets a logger fail: training goes on, and other loggers get theirs."""
+        try:
+            yield
+        except Exception as error:
+            name = type(logger).__name__
+            self.say(
+                f"{name} failed, and what it was given is not there; training goes on, and other loggers get theirs. "
+                f"{type(error).__name__}: {error}",
+                about=name,
+            )
 
     def count_twins(self, trainer: Any, monitor: Any) -> None:
         """Warns where several monitors of one kind write the same tags.
@@ -197,14 +216,19 @@ class Watch:
                 raise
             self.say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
 
-    def say(self, message: str) -> None:
-        """Warns, each message once."""
-        if message not in self._said:
-            self._said.add(message)
+    def say(self, message: str, *, about: str | None = None) -> None:
+        """Warns, once for each message, or for what several messages are about."""
+        if (about or message) not in self._said:
+            self._said.add(about or message)
             rank_zero_warn(f"{self.name}: {message}")
 
-    def announce(self, notes: Iterable[str]) -> None:
-        """Says in a line what is going to be measured."""
+    def announce(self, notes: Sequence[str]) -> None:
+        """Says in a line what is going to be measured, and notes it for the dashboard."""
+        self.notes = notes
+        self.tell(notes)
+
+    def tell(self, notes: Iterable[str]) -> None:
+        """Says something in a line."""
         rank_zero_info(f"{self.name}: {'; '.join(notes)}.")
 
 

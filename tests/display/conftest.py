@@ -68,6 +68,11 @@ def curves() -> Curves:
         curves[tag] = (steps.tolist(), (0.5 + 0.1 * rise).tolist())
     for tag in (tags.NOISE_COSINE, tags.WEIGHTS_ANGLE, tags.WEIGHTS_LOG_R2, tags.WEIGHTS_POWER_R2):
         curves[tag] = (steps.tolist(), (0.8 + 0.1 * np.sin(steps / 500)).tolist())
+    ends = (tags.SPECTRUM_LARGEST, tags.SPECTRUM_SMALLEST, tags.SPECTRUM_BATCH_LARGEST, tags.SPECTRUM_BATCH_SMALLEST)
+    curves |= dict.fromkeys(ends, (steps[::5].tolist(), (1 + rise[::5]).tolist()))
+    for tag in (tags.SPECTRUM_TRACE, tags.SPECTRUM_RANK, tags.SPECTRUM_NEGATIVE, tags.SPECTRUM_BATCH_NEGATIVE):
+        for each, sign in zip((tag, *tags.interval(tag)), (0, -1, 1), strict=True):
+            curves[each] = (steps[::5].tolist(), (0.5 - 0.2 * rise[::5] + 0.01 * sign).tolist())
     curves[tags.WEIGHTS_DISTANCE] = (steps.tolist(), np.log1p(steps).tolist())
     curves[tags.CURRENT_BATCH] = (batch_steps.tolist(), batch.tolist())
     return curves
