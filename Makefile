@@ -17,10 +17,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.demo
 	$(BIN)/lightning-eoss demo
 
-# First the tests that may share the machine, then those that may not.
+# Fast things first; those that measure time last, and alone.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --timeout 300
-	$(BIN)/python -m pytest -m slow --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist worksteal --timeout 600
+	$(BIN)/python -m pytest -m alone --timeout 600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

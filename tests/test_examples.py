@@ -36,7 +36,7 @@ def run(script: Path, *options: str, directory: Path) -> str:
     """What it prints in a directory."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
     command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

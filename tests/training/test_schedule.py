@@ -143,6 +143,7 @@ class Stopwatch(sharpness.SharpnessMonitor):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_real_run_keeps_its_share(tmp_path: Path) -> None:
     """Thirty seconds at the default of 5 %, first measurement included."""
     seeded()
