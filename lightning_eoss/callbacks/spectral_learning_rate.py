@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
 from lightning_eoss.curvature.isolation import Isolation
 from lightning_eoss.curvature.measure import check_arguments, check_loss_fn, whole
-from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, random_batches
+from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, random_batches, real
 from lightning_eoss.curvature.operators import Scaling, krylov_like
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, Solver
@@ -352,7 +352,7 @@ def _coordinates(optimizer: Optimizer, objective: Objective) -> Scaling:
         for parameter in group["params"]
     ]
     known = {key: (limit, decay) for key, *(limit, decay) in entries}
-    sizes = [(parameter.numel(), *known[id(parameter)]) for parameter in objective.parameters]
+    sizes = [(real(parameter).numel(), *known[id(parameter)]) for parameter in objective.parameters]
     limits = torch.cat([like.new_full((size,), limit) for size, limit, _ in sizes])
     return Scaling(limits, torch.cat([like.new_full((size,), decay) for size, _, decay in sizes]))
 

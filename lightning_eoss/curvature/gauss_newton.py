@@ -29,6 +29,7 @@ from lightning_eoss.curvature.objective import (
     Objective,
     Part,
     random_batches,
+    real,
     scalar,
     split,
 )
@@ -288,8 +289,10 @@ def _evaluated(outputs_fn: OutputsFn, objective: Objective, part: Part) -> tuple
             f"outputs_fn returned a {type(found).__name__}, not a tensor of outputs and a function of it, so there is "
             f"no Gauss-Newton matrix. Pass {_EXAMPLE}."
         )
-    leaf = found[0].detach().requires_grad_()
-    return found[0], leaf, objective.scaled(found[1](leaf))
+    outputs, criterion = found
+    leaf = real(outputs).detach().requires_grad_()
+    loss = criterion(torch.view_as_complex(leaf) if outputs.is_complex() else leaf)
+    return real(outputs), leaf, objective.scaled(loss)
 
 
 def _linearised(outputs_fn: OutputsFn, objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
@@ -460,13 +463,13 @@ def _jacobian(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> tupl
 def _rows(values: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """(m, n) Jacobian of m numbers, many rows in one backward pass where all layers allow it."""
     if not values.requires_grad:
-        return values.new_zeros(values.numel(), sum(each.numel() for each in inputs), dtype=torch.float64)
+        return values.new_zeros(values.numel(), sum(real(each).numel() for each in inputs), dtype=torch.float64)
     basis = torch.eye(values.numel(), dtype=values.dtype, device=values.device).reshape(-1, *values.shape)
     pulled = partial(torch.autograd.grad, values, inputs, retain_graph=True, materialize_grads=True)
 
     def together(rows: Tensor) -> Tensor:
         pieces = zip(pulled(rows, is_grads_batched=True), inputs, strict=True)
-        shaped = [piece.expand(len(rows), *each.shape).reshape(len(rows), -1) for piece, each in pieces]
+        shaped = [real(piece.expand(len(rows), *each.shape)).reshape(len(rows), -1) for piece, each in pieces]
         return torch.cat(shaped, dim=1).double()
 
     try:

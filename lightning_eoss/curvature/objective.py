@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
@@ -222,6 +223,14 @@ def scalar(loss: Any) -> Tensor:
     return loss if loss.ndim == 0 else loss.reshape(())  # a view would hide which function made it
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A tensor in real coordinates: two for each complex number, in a last dimension of their own.
+
+    Autograd's complex gradient is dL/dRe + i dL/dIm, so that this is the gradient in these coordinates.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 @dataclass
 class BatchCache:
     """Batches on the device, kept for the next pass while they fit."""
@@ -282,8 +291,8 @@ class Objective:
 
     @property
     def num_parameters(self) -> int:
-        """P, the dimension of the Hessian."""
-        return sum(parameter.numel() for parameter in self.parameters)
+        """P, the dimension of the Hessian; a complex number counts twice."""
+        return sum(real(parameter).numel() for parameter in self.parameters)
 
     def load(self, part: Part) -> Any:
         """The part's samples on the device, kept for the next pass while they fit."""

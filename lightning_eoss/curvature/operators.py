@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.objective import Batch, Objective, Part
+from lightning_eoss.curvature.objective import Batch, Objective, Part, real
 from lightning_eoss.linalg.lanczos import Matvec
 
 Reduce = Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ def krylov_dtype(objective: Objective) -> torch.dtype:
     """The parameters' own precision, float32 at least."""
     widest = torch.float32
     for parameter in objective.parameters:
-        widest = torch.promote_types(widest, parameter.dtype)
+        widest = torch.promote_types(widest, parameter.dtype.to_real())
     return widest
 
 
@@ -81,21 +81,28 @@ def krylov_like(objective: Objective) -> Tensor:
 def flattened(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One vector of all pieces, zeros where a piece is missing."""
     pieces = [
-        torch.zeros_like(parameter, dtype=dtype).reshape(-1)
+        torch.zeros_like(real(parameter), dtype=dtype).reshape(-1)
         if tensor is None
-        else (tensor.to_dense() if tensor.is_sparse else tensor).detach().reshape(-1).to(dtype)
+        else real((tensor.to_dense() if tensor.is_sparse else tensor).detach()).reshape(-1).to(dtype)
         for tensor, parameter in zip(tensors, parameters, strict=True)
     ]
     return torch.cat(pieces)
 
 
 def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of a (..., P) vector in the shapes and dtypes of the parameters."""
-    pieces = vector.split([parameter.numel() for parameter in parameters], dim=-1)
-    return [
-        piece.reshape((*vector.shape[:-1], *parameter.shape)).to(parameter.dtype)
-        for piece, parameter in zip(pieces, parameters, strict=True)
+    """The pieces of a (..., P) vector in the shapes and dtypes of the parameters.
+
+    They are copies: a view at an odd offset is none of complex numbers, which a network may ask of its gradients.
+    """
+    shapes = [real(parameter).shape for parameter in parameters]
+    pieces = zip(vector.split([shape.numel() for shape in shapes], dim=-1), shapes, parameters, strict=True)
+    copies = [
+        piece.reshape((*vector.shape[:-1], *shape)).to(
+            parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=True
+        )
+        for piece, shape, parameter in pieces
     ]
+    return [torch.view_as_complex(c) if p.is_complex() else c for c, p in zip(copies, parameters, strict=True)]
 
 
 def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
@@ -144,7 +151,7 @@ def central_difference(
     """
     norm = float(vector.norm())
     parameters = objective.parameters
-    size = math.sqrt(sum(float(each.detach().square().sum()) for each in parameters))
+    size = math.hypot(*(float(torch.linalg.vector_norm(each.detach())) for each in parameters))
     epsilon = length * float(torch.finfo(vector.dtype).eps ** (1 / 3)) * max(1.0, size) / (norm or 1.0)
     originals = [parameter.detach().clone() for parameter in parameters]
     steps = unflattened(vector, parameters)
@@ -276,24 +283,18 @@ class Stacked:
     _losses: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        loss_of = _LossOf(self.objective)
-        known = {id(parameter) for parameter in self.objective.parameters}
-        expanded = {
-            name: parameter.detach().expand(len(self.batches), *parameter.shape).requires_grad_()
-            for name, parameter in loss_of.named_parameters()
-            if id(parameter) in known
-        }
-        losses = torch.vmap(
-            lambda parameters, batch: functional_call(loss_of, parameters, (batch,)), randomness="different"
-        )
+        self._parameters = [
+            parameter.detach().expand(len(self.batches), *parameter.shape).requires_grad_()
+            for parameter in self.objective.parameters
+        ]
+        losses = torch.vmap(loss_at(self.objective), randomness="different")
         terms = []
         for parts in zip(*self.batches, strict=True):
             batch = _stacked([self.objective.load(part) for part in parts])
             self.objective.prepare(parts[0])
-            terms.append(parts[0].weight * losses(expanded, batch))
+            terms.append(parts[0].weight * losses(self._parameters, batch))
         total = torch.stack(terms).sum(0)
         self._losses = total.detach()
-        self._parameters = list(expanded.values())
         self._gradients = list(torch.autograd.grad(total.sum(), self._parameters, create_graph=True))
 
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -327,7 +328,7 @@ class Stacked:
 
     def _flattened(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(B, P) of pieces (B, ...)."""
-        return torch.cat([piece.detach().reshape(len(self.batches), -1).to(dtype) for piece in pieces], dim=1)
+        return torch.cat([real(piece.detach()).reshape(len(self.batches), -1).to(dtype) for piece in pieces], dim=1)
 
 
 def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: float = 1e-3) -> bool:
@@ -345,6 +346,28 @@ def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: 
     except Exception:  # vmap refuses in many ways, from within user code; the sequential route needs none of it
         return False
     return bool(difference < tol)
+
+
+def loss_at(objective: Objective) -> Callable[[Sequence[Tensor], Any], Tensor]:
+    """The loss of a batch at other parameters, which are given in the order of the objective's.
+
+    A module counts under one of its names, whatever else it is called: `functional_call` would take what the first name
+    has put there for what is to be put back under the second. A parameter of several modules is put into each.
+    """
+    loss_of, places = _LossOf(objective), {id(p): i for i, p in enumerate(objective.parameters)}
+    names = [
+        (f"{path}.{name}", places[id(parameter)])
+        for path, module in loss_of.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in places
+    ]
+
+    def loss(parameters: Sequence[Tensor], batch: Any) -> Tensor:
+        given = {name: parameters[place] for name, place in names}
+        found: Tensor = functional_call(loss_of, given, (batch,), tie_weights=False)
+        return found
+
+    return loss
 
 
 class _LossOf(nn.Module):

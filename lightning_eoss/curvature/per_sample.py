@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_eoss.curvature.objective import Objective, Part, split
-from lightning_eoss.curvature.operators import _LossOf, gradient_graph, krylov_dtype
+from lightning_eoss.curvature.objective import Objective, Part, real, split
+from lightning_eoss.curvature.operators import gradient_graph, krylov_dtype, loss_at
 
 TOLERANCE = 1e-3  # of their mean against the part's own gradient, in units of their root mean square norm
 
@@ -110,21 +109,15 @@ def _together(objective: Objective, batch: Any) -> Tensor:
     As `Stacked` does it. `torch.func.grad` would spare the copies of the parameters, and hangs for good where a loss
     writes one of its tensors to another's `.data`, as older code does for a teacher that is a moving average.
     """
-    loss_of = _LossOf(objective)
-    names = {id(parameter): name for name, parameter in loss_of.named_parameters()}
-    count = len(tree_leaves(batch)[0])
-    copies = {
-        names[id(parameter)]: parameter.detach().expand(count, *parameter.shape).requires_grad_()
-        for parameter in objective.parameters
-    }
+    loss, count, dtype = loss_at(objective), len(tree_leaves(batch)[0]), krylov_dtype(objective)
+    copies = [each.detach().expand(count, *each.shape).requires_grad_() for each in objective.parameters]
 
-    def loss(parameters: dict[str, Tensor], sample: Any) -> Any:
-        return functional_call(loss_of, parameters, (tree_map(lambda leaf: leaf.unsqueeze(0), sample),))
+    def loss_of_one(parameters: list[Tensor], sample: Any) -> Tensor:
+        return loss(parameters, tree_map(lambda leaf: leaf.unsqueeze(0), sample))
 
-    losses = torch.vmap(loss, randomness="different")(copies, batch)
-    gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=True, materialize_grads=True)
-    dtype = krylov_dtype(objective)
-    return torch.cat([each.reshape(count, -1).to(dtype) for each in gradients], dim=1)
+    losses = torch.vmap(loss_of_one, randomness="different")(copies, batch)
+    gradients = torch.autograd.grad(losses.sum(), copies, allow_unused=True, materialize_grads=True)
+    return torch.cat([real(each).reshape(count, -1).to(dtype) for each in gradients], dim=1)
 
 
 def _alone(objective: Objective, piece: Part) -> Tensor:

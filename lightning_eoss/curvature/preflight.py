@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from lightning_eoss.curvature.objective import Objective, Part, num_bytes, random_batches
+from lightning_eoss.curvature.objective import Objective, Part, num_bytes, random_batches, real
 from lightning_eoss.curvature.operators import (
     Graph,
     Sequential,
@@ -167,7 +167,8 @@ def _whole_graph(objective: Objective, part: Part) -> Graph:
         for leaf, gradient, its_hooks, noted in zip(leaves, gradients, hooks, kept, strict=True):
             leaf.grad = gradient
             its_hooks.update(noted)
-    sizes, noise = [each.numel() for each in objective.parameters], 10 * _rounding(objective) * float(found.norm())
+    sizes = [real(each).numel() for each in objective.parameters]
+    noise = 10 * _rounding(objective) * float(found.norm())
     pairs = zip(found.split(sizes), graph.gradient.split(sizes), strict=True)
     if any(float((whole - seen).norm()) > 0.1 * float(whole.norm()) + noise for whole, seen in pairs):
         raise ValueError(_HIDDEN)

@@ -150,8 +150,9 @@ def _average(beta: float, t: float = math.inf) -> float:
 
 
 def _read(state: State, name: str) -> Tensor:
-    """A tensor of the state, in float32 at least."""
+    """A tensor of the state, in float32 at least; of a complex parameter for each of its real coordinates."""
     value: Tensor = state[name].detach()
+    value = torch.view_as_real(value) if value.is_complex() else value
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 

@@ -35,7 +35,7 @@ class StabilityLimits:
     """The diagonals of D and W, one entry for each trainable parameter tensor, in the optimizer's order."""
 
     parameters: tuple[Tensor, ...]
-    limits: tuple[float | Tensor, ...]  # D; a tensor has its parameter's shape; infinite where nothing moves
+    limits: tuple[float | Tensor, ...]  # D; a tensor has its parameter's shape, (..., 2) if complex; infinite: no moves
     weight_decay: tuple[float, ...]  # W; coupled decay alone, which adds to the curvature
     preconditioners: tuple[Tensor, ...] = ()  # P of adaptive optimizers, for each parameter that has one
     eps_entries: tuple[Tensor, ...] = ()  # (), entries of each P where eps is at least the gradient's part
@@ -216,11 +216,9 @@ def _read_limits(optimizer: Optimizer, rule: Rule, *, adaptive: bool) -> Stabili
     """The limits of one of torch's optimizers, all parameters by the same rule."""
     groups = [_numbers(group, isinstance(optimizer, AdamW)) for group in optimizer.param_groups]
     owned = [(p, group) for group in groups for p in group["params"] if p.requires_grad]
-    for parameter, group in owned:
+    for _, group in owned:
         if reason := refusal(group):
             return NoLimits(reason)
-        if adaptive and parameter.is_complex():
-            return NoLimits("parameters are complex")
     states = [optimizer.state.get(p, {}) for p, _ in owned]
     begun = [not adaptive or float(state.get("step", 0)) > 0 for state in states]  # Adagrad has a state at step 0
     if owned and not any(begun):

@@ -40,6 +40,7 @@ from lightning_eoss.curvature.objective import (
     Source,
     derived_seed,
     num_samples_of,
+    real,
 )
 from lightning_eoss.curvature.operators import Scaling
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, stability_limits
@@ -565,7 +566,7 @@ def scaling_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Te
         return None
     pairs = [(parameter, *owned.get(id(parameter), (float("inf"), 0.0))) for parameter in parameters]
     diagonals = [
-        torch.cat([(torch.ones_like(p, dtype=like.dtype) * pair[which]).detach().reshape(-1) for p, *pair in pairs])
+        torch.cat([(like.new_ones(real(p).shape) * pair[which]).detach().reshape(-1) for p, *pair in pairs])
         for which in (0, 1)
     ]
     return Scaling(diagonals[0], diagonals[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, optim
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_eoss.theory.optimizers import ADAPTIVE
 from lightning_eoss.theory.stability import (
     NoLimits,
     StabilityLimits,
@@ -436,6 +437,23 @@ def test_without_a_preconditioner_eps_has_no_share() -> None:
     assert math.isnan(eps_share(limits_of(SGD(parameters(1), lr=0.1))))
 
 
+@pytest.mark.parametrize("kind", [SGD, optim.ASGD, *ADAPTIVE])
+def test_a_complex_parameter_has_the_limits_of_its_real_coordinates(kind: Any) -> None:
+    """It steps as they do, and so it has their limits."""
+    start = torch.complex(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]))
+    whole, halves = start.clone().requires_grad_(), torch.view_as_real(start).clone().requires_grad_()
+    optimizers = [kind([each], lr=0.1, weight_decay=0.01) for each in (whole, halves)]
+    for step in range(3):
+        halves.grad = torch.tensor([[0.1, -0.3], [2.0, 0.05]]) * (step + 1)
+        whole.grad = torch.view_as_complex(halves.grad.clone())
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(torch.view_as_real(whole.detach()), halves.detach())
+    found, expected = (limits_of(optimizer) for optimizer in optimizers)
+    torch.testing.assert_close(found.limits[0], expected.limits[0])
+    assert found.weight_decay == expected.weight_decay
+
+
 class _OwnStep(SGD):
     def step(self, closure: Any = None) -> None:
         """Not the step of SGD."""
@@ -454,7 +472,6 @@ class _OwnName(SGD):
         (Adam(parameters(1), maximize=True), "maximize=True"),
         (optim.RMSprop(parameters(1), momentum=1.0), "momentum=1.0"),
         (AdamW(parameters(1), lr=0.1, weight_decay=20.0), "decoupled weight_decay=20.0"),
-        (Adam([torch.ones(1, dtype=torch.complex64, requires_grad=True)]), "complex"),
         (optim.LBFGS(parameters(1)), "LBFGS steps along"),
         (optim.Rprop(parameters(1)), "Rprop steps by the signs"),
         (optim.SparseAdam(parameters(1)), "SparseAdam moves no entries but"),
