@@ -314,6 +314,9 @@ class SharpnessMonitor(Callback):
                     scaling=scaling,
                     curvature=curvature,
                 )
+                if measurement.doubt is not None:
+                    self._watch.say(measurement.doubt.message)
+                    self._findings = self._findings.after(measurement.doubt)
                 return measurement
 
             current, raw = window if "current" in self._due else None, None
@@ -405,9 +408,8 @@ class SharpnessMonitor(Callback):
             values[tags.COST_SECONDS] += seen.prediction.seconds
         if self.latest is not None and math.isfinite(self.latest.directional.mean):
             self._points.append(self.latest.directional)
-            now = phase(self._points)
-            if now is not None:
-                values[tags.PHASE] = float(now)
+            if (judged := phase(self._points)) is not None:
+                values[tags.PHASE] = float(judged)
         return values
 
     def _show(self, trainer: Any, seen: _Seen, values: dict[str, float]) -> None:

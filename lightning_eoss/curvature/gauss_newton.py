@@ -335,9 +335,13 @@ def _product(objective: Objective, graph: Graph, vector: Tensor, *, keep: bool) 
     return _pulled_back(objective, graph, image, vector, keep=keep)
 
 
-def _difference(outputs_fn: OutputsFn, objective: Objective, part: Part, vector: Tensor) -> Tensor:
+def _difference(
+    outputs_fn: OutputsFn, objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0
+) -> Tensor:
     """(P,) G v with a central difference of the outputs for J v."""
-    image = central_difference(objective, lambda: _evaluated(outputs_fn, objective, part)[0].detach(), vector)
+    image = central_difference(
+        objective, lambda: _evaluated(outputs_fn, objective, part)[0].detach(), vector, length=length
+    )
     graph = _linearised(outputs_fn, objective, part, create_graph=False)
     return _pulled_back(objective, graph, image, vector, keep=False)
 

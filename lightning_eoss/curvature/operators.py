@@ -149,10 +149,8 @@ def central_difference(
     The parameters are moved in place and put back from a copy, to the bit. The step balances rounding against the third
     derivative of a smooth loss; `length` is a factor to it.
     """
-    norm = float(vector.norm())
     parameters = objective.parameters
-    size = math.hypot(*(float(torch.linalg.vector_norm(each.detach())) for each in parameters))
-    epsilon = length * float(torch.finfo(vector.dtype).eps ** (1 / 3)) * max(1.0, size) / (norm or 1.0)
+    epsilon = length * step_length(objective, vector)
     originals = [parameter.detach().clone() for parameter in parameters]
     steps = unflattened(vector, parameters)
 
@@ -168,13 +166,26 @@ def central_difference(
             parameter.data.copy_(original)
 
 
+def step_length(objective: Objective, vector: Tensor) -> float:
+    """How much of a vector makes a step that balances the two errors of a central difference."""
+    size = math.hypot(*(float(torch.linalg.vector_norm(each.detach())) for each in objective.parameters))
+    return float(rounding(objective) ** (1 / 3)) * max(1.0, size) / (float(vector.norm()) or 1.0)
+
+
+def rounding(objective: Objective) -> float:
+    """Relative rounding error of the coarsest parameters."""
+    return max(float(torch.finfo(parameter.dtype).eps) for parameter in objective.parameters)
+
+
 @dataclass(frozen=True)
 class Curvature:
     """Which matrix of a part's loss an operator multiplies."""
 
     graph: Callable[..., Graph]  # (objective, part, create_graph=): evaluates the part, ready for products
     product: Callable[..., Tensor]  # (objective, graph, vector, keep=): (P,) of the matrix times a (P,) vector
-    difference: Callable[..., Tensor]  # (objective, part, vector): the same, without differentiating the network twice
+    difference: Callable[
+        ..., Tensor
+    ]  # (objective, part, vector, length=): the same, without differentiating the network twice
 
 
 HESSIAN = Curvature(gradient_graph, hessian_product, difference_product)

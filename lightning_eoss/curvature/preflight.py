@@ -1,35 +1,34 @@
 """What a loss allows, found out once before the first measurement, on a few samples.
 
 Whether a batch may be split (and the control variate used), whether torch differentiates the network twice and does it
-correctly, whether batches can be stacked, and what memory and time one product takes. Some layers are silently wrong
-under double differentiation, so symmetry and one finite difference are checked rather than believed.
+correctly (`derivatives`), whether batches can be stacked, and what memory and time one product takes.
 """
 
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from lightning_eoss.curvature.derivatives import Doubt, doubt, nodes_of
 from lightning_eoss.curvature.objective import Objective, Part, num_bytes, random_batches, real
 from lightning_eoss.curvature.operators import (
     Graph,
     Sequential,
     agrees_when_stacked,
-    difference_product,
     flattened,
     gradient_graph,
-    hessian_product,
+    rounding,
 )
 
 T = TypeVar("T")
 
 Reduction = Literal["mean", "sum", "other"]
 
-_FEW = 32  # samples that a trial takes
+FEW = 32  # samples that a trial takes
 _NOT_FINITE = "The loss is not finite at the first measurement."
 _SUM = (
     "The loss is a sum over the batch: its sharpness grows with the batch size, FullBS is that of a sum over as many "
@@ -40,7 +39,6 @@ _HIDDEN = (
     "activation checkpointing with use_reentrant=True hides parameters from it, as does any function whose own "
     "backward pass calls backward(). Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
 )
-_FALLBACK = "Products are finite differences of gradients instead: slower, and accurate to a percent or so in float32."
 
 
 def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
@@ -60,7 +58,7 @@ def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
         `"mean"` where loss(A + B) = (a loss(A) + b loss(B)) / (a + b) for values and gradients, `"sum"` where it is
         loss(A) + loss(B), else `"other"`.
     """
-    num_samples = min(_FEW, objective.source.num_samples)
+    num_samples = min(FEW, objective.source.num_samples)
     if not objective.source.divisible or num_samples < 3:
         return "other"
     (whole,) = next(random_batches(objective.source, num_samples, seed=seed))
@@ -96,6 +94,12 @@ class Findings:
     graph_bytes: float  # memory of the retained gradient graph of one sample
     seconds: float  # of one product of one batch, its graph not counted
     warnings: tuple[str, ...]  # what a user must know
+    detached: bool = False  # the gradient depends on parameters in ways that its graph does not hold
+
+    def after(self, doubt: Doubt) -> "Findings":
+        """What is known once there is a doubt."""
+        differences = self.differences or doubt.differences
+        return replace(self, differences=differences, stacked=self.stacked and not differences, detached=doubt.detached)
 
 
 def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: int = 0) -> Findings:
@@ -117,7 +121,7 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         ValueError: If the loss is no scalar, or if its gradient cannot be had without `backward`.
     """
     kind = reduction(objective, seed=seed)
-    size = min(batch_size, _FEW) if kind == "mean" else batch_size
+    size = min(batch_size, FEW) if kind == "mean" else batch_size
     (part,) = next(random_batches(objective.source, size, seed=seed))
     graph = _whole_graph(objective, part)
     if not bool(torch.isfinite(graph.loss)):
@@ -127,8 +131,8 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
             "The loss does not depend on any parameter with requires_grad=True (torch.no_grad, .detach() or .item() "
             "inside loss_fn?), so its sharpness would be 0 everywhere. Return the loss with its graph."
         )
-    complaint = _second_derivative(objective, part, graph)
-    differences = complaint is not None and complaint.startswith("Products")
+    found = doubt(objective, part, graph=graph)
+    differences = found is not None and found.differences
     warnings = [_SUM] if kind == "sum" else []
     stacked = not differences and _worth_stacking(objective) and _stacks(objective, size, parts, seed)
     return Findings(
@@ -137,7 +141,8 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         stacked=stacked,
         graph_bytes=_graph_bytes(objective, part),
         seconds=float(_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size),
-        warnings=(*warnings, *([complaint] if complaint else [])),
+        warnings=(*warnings, *([found.message] if found else [])),
+        detached=found is not None and found.detached,
     )
 
 
@@ -150,7 +155,7 @@ def _whole_graph(objective: Objective, part: Part) -> Graph:
             raise
         raise ValueError(_HIDDEN) from error
     loss = objective.evaluate(part)
-    nodes = _nodes(loss)
+    nodes = nodes_of([loss])
     if not any(isinstance(node, BackwardCFunction) for node in nodes):
         return graph  # only functions that are written in Python call `backward` themselves
     leaves = {*objective.module.parameters(), *(node.variable for node in nodes if hasattr(node, "variable"))}
@@ -168,22 +173,11 @@ def _whole_graph(objective: Objective, part: Part) -> Graph:
             leaf.grad = gradient
             its_hooks.update(noted)
     sizes = [real(each).numel() for each in objective.parameters]
-    noise = 10 * _rounding(objective) * float(found.norm())
+    noise = 10 * rounding(objective) * float(found.norm())
     pairs = zip(found.split(sizes), graph.gradient.split(sizes), strict=True)
     if any(float((whole - seen).norm()) > 0.1 * float(whole.norm()) + noise for whole, seen in pairs):
         raise ValueError(_HIDDEN)
     return graph
-
-
-def _nodes(loss: Tensor) -> set[Any]:
-    """All functions of a loss's graph."""
-    nodes, new = set[Any](), [loss.grad_fn]
-    while new:
-        node = new.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            new.extend(each for each, _ in node.next_functions)
-    return nodes
 
 
 def _seconds(objective: Objective, part: Part, vector: Tensor, differences: bool) -> float:
@@ -209,93 +203,6 @@ def _stacks(objective: Objective, batch_size: int, parts: int, seed: int) -> boo
 def _worth_stacking(objective: Objective) -> bool:
     """Stacking saves launches, not arithmetic: on the CPU it pays for small networks only (benchmarks/stacking.py)."""
     return objective.parameters[0].device.type != "cpu" or objective.num_parameters < 2**17
-
-
-def _second_derivative(objective: Objective, part: Part, graph: Graph) -> str | None:
-    """What is wrong with the network's second derivative, if anything: `Products ...` where differences must serve."""
-    generator = torch.Generator().manual_seed(part.seed)
-    probe = _unit(torch.randn(objective.num_parameters, generator=generator).to(graph.gradient))
-    direction = _unit(graph.gradient) if bool(graph.gradient.norm() > 0) else probe
-    vectors = [direction, probe]
-    try:
-        images = [hessian_product(objective, graph, vector, keep=True) for vector in vectors]
-        if not bool(images[1].norm() > 0):
-            return None  # the loss is affine, as far as can be seen
-        vectors.append(_unit(images[1]))  # where products are large, asymmetry is seen best
-        images.append(hessian_product(objective, graph, vectors[2], keep=False))
-    except RuntimeError as error:  # NotImplementedError included
-        reason = str(error).splitlines()[0]
-        return f"Products by autograd are impossible ({_culprit(objective, part, reason)}{reason}). {_FALLBACK}"
-    along, sizes = images[0], [float(image.norm()) for image in images]
-    rounding = _rounding(objective)
-    if any(
-        abs(float(vectors[j] @ images[i] - vectors[i] @ images[j])) > (1e-3 + 10 * rounding) * (sizes[i] + sizes[j])
-        for i, j in ((0, 1), (0, 2), (1, 2))
-    ):
-        return (
-            "Products by autograd are not symmetric: some layer's second derivative is silently wrong "
-            f"(once_differentiable functions and weight_norm are known cases). {_FALLBACK}"
-        )
-    scale = sizes[0] + sizes[2]
-    # Where a network has kinks (ReLU), each of those within a step makes a jump that autograd does not see. They matter
-    # less in projections than in the norm, and a shorter step may miss them.
-    onto = torch.stack([_unit(along), direction])
-    difference = min(
-        float((onto @ (along - difference_product(objective, part, direction, length=length))).abs().max()) / scale
-        for length in (1.0, 0.1, 0.01)
-    )
-    if difference > 0.1 + 10 * rounding ** (2 / 3) * float(graph.gradient.norm()) / scale:
-        return (
-            f"The Hessian by autograd and a finite difference of gradients differ by {difference:.0%} of their size. "
-            "Detached targets explain it; else a layer's second derivative is wrong, and so is the sharpness."
-        )
-    return None
-
-
-def _rounding(objective: Objective) -> float:
-    """Relative rounding error of the coarsest parameters."""
-    return max(float(torch.finfo(parameter.dtype).eps) for parameter in objective.parameters)
-
-
-def _unit(vector: Tensor) -> Tensor:
-    """The vector with norm 1."""
-    return vector.div(torch.linalg.vector_norm(vector))
-
-
-def _culprit(objective: Objective, part: Part, reason: str) -> str:
-    """The layer that an error message of autograd's is about, if that can be told."""
-    layers = _layers_by_gradient(objective, part)
-    found = [gradient for gradient in layers if gradient and gradient in _normalised(reason)]
-    return f"{layers[max(found, key=len)]}: " if found else ""
-
-
-def _layers_by_gradient(objective: Objective, part: Part) -> dict[str, str]:
-    """Names of the layers by the autograd function that made their output."""
-    names: dict[str, str] = {}
-
-    def note(name: str, module: nn.Module) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                names.setdefault(
-                    _normalised(output.grad_fn.name().split("Backward")[0]), f"{name} ({type(module).__name__})"
-                )
-
-        return module.register_forward_hook(hook)
-
-    handles = [note(name, module) for name, module in objective.module.named_modules() if not any(module.children())]
-    try:
-        loss = objective.evaluate(part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if loss.grad_fn is not None:
-        names.setdefault(_normalised(loss.grad_fn.name().split("Backward")[0]), "the loss")
-    return names
-
-
-def _normalised(name: str) -> str:
-    """Names of an operator as autograd spells them in nodes and in messages, made comparable."""
-    return name.lower().replace("_", "")
 
 
 def _graph_bytes(objective: Objective, part: Part) -> float:

@@ -27,21 +27,24 @@ NUM_AUDITS = 2
 class Row:
     """What one mini-batch gave."""
 
-    value: float  # NaN where its loss is not finite
+    value: float  # NaN where its loss or its curvature is not finite
     control: float  # v'H_B s, see `Lead`
     directional: float
     residual: float  # relative
     products: int
+    has_gradient: bool = True  # a finite one
 
 
 @dataclass
 class Sampled:
-    """What all mini-batches gave. Those whose loss is not finite do not count."""
+    """What all mini-batches gave. Those whose loss or curvature is not finite do not count."""
 
     exact: bool = False  # one batch that is all there is
     rows: list[Row] = field(default_factory=list)
     shortfalls: list[float] = field(default_factory=list)  # by how much the audited values may be too low
     differences: list[float] = field(default_factory=list)  # that the audits found, relative
+    singular: list[Batch] = field(default_factory=list)  # of a finite gradient, and a curvature that is not
+    audited: Batch = ()  # one of those that were solved again
     products: int = 0
 
     @property
@@ -123,6 +126,8 @@ def _add(solver: Solver, batches: list[Batch], lead: Lead | None, sampled: Sampl
         operator = solver.operator(batches[first : first + solver.rows_at_once])
         rows = _solve(solver, operator, lead)
         sampled.rows.extend(rows)
+        pairs = zip(rows, batches[first : first + solver.rows_at_once], strict=True)
+        sampled.singular += [batch for row, batch in pairs if row.has_gradient and not math.isfinite(row.value)]
         sampled.products += sum(row.products for row in rows)
 
 
@@ -142,10 +147,10 @@ def _solve(solver: Solver, operator: Operator, lead: Lead | None) -> list[Row]:
         images = operator.matvec(starts)
         controls, products = images @ lead.top, 2
         result = solver.solve(operator, starts, image=images)
-    columns = (result.values[:, 0], controls, directional, result.residuals[:, 0], result.iterations)
+    columns = (result.values[:, 0], controls, directional, result.residuals[:, 0], result.iterations, sizes)
     return [
-        Row(value, control, along, residual / max(abs(value), 1e-30), int(iterations) + products)
-        for value, control, along, residual, iterations in zip(*(column.tolist() for column in columns), strict=True)
+        Row(value, control, along, residual / max(abs(value), 1e-30), int(iterations) + products, math.isfinite(size))
+        for value, control, along, residual, iterations, size in zip(*(c.tolist() for c in columns), strict=True)
     ]
 
 
@@ -157,6 +162,7 @@ def _audit(solver: Solver, batches: list[Batch], sampled: Sampled) -> None:
         return
     result = solver.solve_from_scratch(solver.operator([batches[place] for place in chosen]), len(chosen))
     sampled.products += result.matvecs
+    sampled.audited = batches[chosen[0]]
     for place, value, residual in zip(
         chosen, result.values[:, 0].tolist(), result.residuals[:, 0].tolist(), strict=True
     ):

@@ -23,11 +23,12 @@ def notes(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits,
             "the stability limits differ between parameters, so edge ratios and predictions are in units of them; "
             "a threshold, which would be in other units, is not shown, nor is the sharpness itself without raw=True."
         )
+    what = "the second derivative of the loss" if measurement.singular else "the loss"
     if measurement.dropped and not measurement.mini_batch.values:  # often the first sign of divergence
-        found.append("the loss is not finite: nothing is shown while that is so, and training goes on.")
+        found.append(f"{what} is not finite: nothing is shown while that is so, and training goes on.")
     elif measurement.dropped:
         found.append(
-            "the loss of some mini-batches is not finite; MiniBS is the mean over the others, and the sharpest may be "
+            f"{what} of some mini-batches is not finite; MiniBS is the mean over the others, and the sharpest may be "
             "missing from it."
         )
     return found
