@@ -94,7 +94,6 @@ class SharpnessMeasurement:
     full_passes: int  # products with the full batch
     hvps: float  # all products, in samples / batch_size
     seconds: float
-    singular: int = 0  # mini-batches of a finite gradient that were dropped
     doubt: Doubt | None = None  # of products by autograd, where the audit had one
 
     def __repr__(self) -> str:
@@ -397,7 +396,7 @@ def _measured(
         samples += sampled.products * solver.step_samples
 
     values = ((now, current_value), (chunks, full_value))
-    suspects = [*sampled.singular, *(batch for batch, found in values if math.isnan(found.value))]
+    suspects = [*sampled.lost, *(batch for batch, found in values if math.isnan(found.value))]
     plain, estimate = sampled.plain(reduce), sampled.estimate(control_mean, reduce)
     estimate = with_audit(estimate, sampled.shortfalls)
     residuals = [full_value.relative_residual, current_value.relative_residual, *(row.residual for row in sampled.good)]
@@ -419,7 +418,6 @@ def _measured(
         full_passes=whole.passes,
         hvps=samples / solver.step_samples,
         seconds=time.perf_counter() - began,
-        singular=len(sampled.singular),
         doubt=_doubt(solver, sampled.audited or chunks, warm.top, suspects),
     )
     return measurement, warm

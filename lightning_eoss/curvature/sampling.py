@@ -32,7 +32,6 @@ class Row:
     directional: float
     residual: float  # relative
     products: int
-    has_gradient: bool = True  # a finite one
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Sampled:
     rows: list[Row] = field(default_factory=list)
     shortfalls: list[float] = field(default_factory=list)  # by how much the audited values may be too low
     differences: list[float] = field(default_factory=list)  # that the audits found, relative
-    singular: list[Batch] = field(default_factory=list)  # of a finite gradient, and a curvature that is not
+    lost: list[Batch] = field(default_factory=list)  # those that do not count
     audited: Batch = ()  # one of those that were solved again
     products: int = 0
 
@@ -126,8 +125,7 @@ def _add(solver: Solver, batches: list[Batch], lead: Lead | None, sampled: Sampl
         operator = solver.operator(batches[first : first + solver.rows_at_once])
         rows = _solve(solver, operator, lead)
         sampled.rows.extend(rows)
-        pairs = zip(rows, batches[first : first + solver.rows_at_once], strict=True)
-        sampled.singular += [batch for row, batch in pairs if row.has_gradient and not math.isfinite(row.value)]
+        sampled.lost += [batch for row, batch in zip(rows, batches[first:], strict=False) if math.isnan(row.value)]
         sampled.products += sum(row.products for row in rows)
 
 
@@ -147,10 +145,10 @@ def _solve(solver: Solver, operator: Operator, lead: Lead | None) -> list[Row]:
         images = operator.matvec(starts)
         controls, products = images @ lead.top, 2
         result = solver.solve(operator, starts, image=images)
-    columns = (result.values[:, 0], controls, directional, result.residuals[:, 0], result.iterations, sizes)
+    columns = (result.values[:, 0], controls, directional, result.residuals[:, 0], result.iterations)
     return [
-        Row(value, control, along, residual / max(abs(value), 1e-30), int(iterations) + products, math.isfinite(size))
-        for value, control, along, residual, iterations, size in zip(*(c.tolist() for c in columns), strict=True)
+        Row(value, control, along, residual / max(abs(value), 1e-30), int(iterations) + products)
+        for value, control, along, residual, iterations in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 

@@ -23,7 +23,9 @@ def notes(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits,
             "the stability limits differ between parameters, so edge ratios and predictions are in units of them; "
             "a threshold, which would be in other units, is not shown, nor is the sharpness itself without raw=True."
         )
-    what = "the second derivative of the loss" if measurement.singular else "the loss"
+    doubt = measurement.doubt
+    singular = doubt is not None and not (doubt.differences or doubt.detached)
+    what = "the second derivative of the loss" if singular else "the loss"
     if measurement.dropped and not measurement.mini_batch.values:  # often the first sign of divergence
         found.append(f"{what} is not finite: nothing is shown while that is so, and training goes on.")
     elif measurement.dropped:
