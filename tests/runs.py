@@ -133,7 +133,9 @@ def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
     """Equal to the last bit, all the way down."""
     assert type(actual) is type(expected), f"{where}: {type(actual)} is not {type(expected)}"
     if isinstance(expected, Tensor):
-        assert torch.equal(actual, expected), f"{where} differs"
+        assert torch.equal(*(each.to_dense() if each.is_sparse else each for each in (actual, expected))), (
+            f"{where} differs"
+        )
     elif isinstance(expected, np.ndarray):
         assert np.array_equal(actual, expected), f"{where} differs"
     elif isinstance(expected, dict):

@@ -1,0 +1,6 @@
+"""Writes docs/set-ups.md anew."""
+
+from tests.setups.page import PAGE, page
+from tests.setups.table import TABLE
+
+PAGE.write_text(page(TABLE))
