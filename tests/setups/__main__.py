@@ -3,4 +3,5 @@
 from tests.setups.page import PAGE, page
 from tests.setups.table import TABLE
 
-PAGE.write_text(page(TABLE))
+if __name__ == "__main__":
+    PAGE.write_text(page(TABLE))

@@ -30,12 +30,13 @@ REL_ERROR = 2e-4  # asked of the monitor
 # Its solver stops at a relative residual of rel_error / 2, which bounds the distance to an eigenvalue; float32 products
 # are an order of magnitude better than that.
 SOLVED = REL_ERROR / 2
-# Central differences of float32 gradients: rounding errors of eps are divided by steps of eps^(1/3).
+# Central differences of float32 gradients, with steps of eps^(1/3): rounding and the third derivative contribute some
+# eps^(2/3) each, in units of gradient and parameters, which in these networks are ten times the curvature at most.
 BY_DIFFERENCES = 10 * torch.finfo(torch.float32).eps ** (2 / 3)
 
 NEEDED = {f"sharpness/{name}" for name in ("MiniBS", "MiniBS_lower", "FullBS", "directional", "current_batch", "gap")}
 
-Kind = Literal["right", "differences", "refused", "nothing"]
+Kind = Literal["right", "differences", "refused"]
 Weighted = list[tuple[float, Any, Callable[[], None] | None]]  # weight, batch, and what sets the generators for it
 
 
@@ -61,7 +62,7 @@ class Case:
     sizes: Callable[[Any], int] = lambda batch: len(batch[0])  # samples of a chunk
     train: Callable[..., Any] | None = None  # trains in its own way: (case, root, callbacks) -> Trainer
     also: Callable[[Any, SharpnessMonitor], None] = lambda trainer, watch: None  # more to check after the watched run
-    alone: Callable[["Case", Path], None] | None = None  # the whole check, where there is no Trainer
+    by_hand: Callable[[Path], None] | None = None  # the whole check, where there is no Trainer
     broken: str = ""  # what is at fault where the row does not hold yet: "point N: ..."
     slow: bool = False
 
@@ -161,18 +162,17 @@ def dense_top(case: Case, moment: Moment, batches: Weighted) -> float:
 
     Its columns are central differences of gradients: nothing is differentiated twice, so that it holds for any layer.
     """
-    twin = (case.twin or case.build)()
-    lowest = {value.dtype for value in moment.weights.values() if value.is_floating_point()}
+    twin = (case.twin or case.build)().double()
     twin.load_state_dict({plain(name): value for name, value in moment.weights.items()})
-    twin.double()
     for name, mode in moment.modes.items():
         twin.get_submodule(name).training = mode
     parameters = [each for name, each in twin.named_parameters() if name in moment.trained]
     assert len(parameters) == len(moment.trained)
 
-    def doubled(tensor: Tensor) -> Tensor:  # rounded first as training rounds its inputs
-        rounded = tensor.to(min(lowest, key=lambda dtype: torch.finfo(dtype).bits)) if len(lowest) == 1 else tensor
-        return rounded.double() if tensor.is_floating_point() else tensor
+    precision = next(value.dtype for value in moment.weights.values() if value.is_floating_point())
+
+    def doubled(tensor: Tensor) -> Tensor:  # rounded first, as training rounds its inputs
+        return tensor.to(precision).double() if tensor.is_floating_point() else tensor
 
     prepared = [(weight, apply_to_collection(batch, Tensor, doubled), back) for weight, batch, back in batches]
     buffers = {name: value.clone() for name, value in twin.named_buffers()}
@@ -229,8 +229,8 @@ def all_chunks(case: Case) -> Weighted:
 
 def check(case: Case, root: Path) -> None:
     """Raises where the row is not true."""
-    if case.alone is not None:
-        return case.alone(case, root)
+    if case.by_hand is not None:
+        return case.by_hand(root)
     note, watch = Note(), monitor_of(case)
     if case.measured == "refused":
         return check_refused(case, root, watch)
@@ -240,10 +240,7 @@ def check(case: Case, root: Path) -> None:
     assert watched.logged == alone.logged
     check_heard(case, alone, watched)
     (watch,) = (each for each in watched.trainer.callbacks if isinstance(each, SharpnessMonitor))
-    if case.measured == "nothing":
-        assert not watch.history
-    else:
-        check_numbers(case, watch, note.moments)
+    check_numbers(case, watch, note.moments)
     case.also(watched.trainer, watch)
 
 

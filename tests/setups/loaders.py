@@ -32,6 +32,24 @@ def stream() -> DataLoader[Any]:
     return loader(Stream())
 
 
+class Described(Regressor):
+    """Batches are dictionaries with more than tensors."""
+
+    def loss(self, batch: Any) -> Tensor:
+        assert batch["mask"] is None and len(batch["names"]) == len(batch["inputs"])
+        return super().loss((batch["inputs"], batch["targets"]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, batch_size=len(batch["inputs"]))
+        return loss
+
+
+def described(rows: list[Any]) -> dict[str, Any]:
+    inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+    return {"inputs": inputs, "targets": targets, "names": [str(row[0]) for row in rows], "mask": None}
+
+
 # ---- several ---------------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +74,7 @@ def combined(mode: str) -> Any:
 
 @dataclass
 class Graphs:
-    """Some graphs as one: nodes, their neighbours, and which graph they belong to."""
+    """Some graphs as one: nodes, their neighbours, and the graph that each belongs to."""
 
     nodes: Tensor
     edges: Tensor
@@ -151,7 +169,15 @@ LOADERS = [
         chunks=lambda data: data,
     ),
     *(
-        Case(f'`CombinedLoader`, `"{mode}"`', Both, lambda mode=mode: combined(mode), full=None, broken=SEVERAL)
+        Case(
+            f'`CombinedLoader`, `"{mode}"`',
+            Both,
+            lambda mode=mode: combined(mode),
+            chunks=lambda data: [batch for batch, *_ in data],
+            sizes=lambda batch: 1,
+            note="FullBS: over the batches of an epoch",
+            broken=SEVERAL,
+        )
         for mode in ("min_size", "max_size", "max_size_cycle")
     ),
     Case(
@@ -174,8 +200,23 @@ LOADERS = [
         "a list of one loader",
         Both,
         lambda: [loader(samples(12))],
-        full=None,
+        chunks=lambda data: [[batch] for batch in data[0]],
+        sizes=lambda batch: len(batch[0][0]),
         broken="point 16: the first measurement raises an IndexError",
+    ),
+    Case(
+        "batches with strings and `None` beside tensors",
+        Described,
+        lambda: loader(samples(12), collate_fn=described),
+        sizes=lambda batch: len(batch["inputs"]),
+    ),
+    Case(
+        "ready batches with strings and `None` beside tensors, with `dataloader=`",
+        Described,
+        lambda: DataLoader(list(loader(samples(12), collate_fn=described)), batch_size=None),
+        monitor=lambda: {"dataloader": list(loader(samples(12), collate_fn=described))},
+        chunks=list,
+        sizes=lambda batch: len(batch["inputs"]),
     ),
     Case(
         "graphs, joined by `collate_fn` into an object",

@@ -248,6 +248,18 @@ def adapted() -> LightningModule:
     return Network(nn.Sequential(LowRank(nn.Linear(4, 5)), nn.Tanh(), LowRank(nn.Linear(5, 2))))
 
 
+class Siamese(Regressor):
+    """Holds its network twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = self.net
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return (self.net(inputs) - self.twin(-inputs) - targets).square().mean()
+
+
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 NO_MEAN = "its loss is no mean over samples; FullBS: over chunks of training's batch size"
@@ -317,5 +329,6 @@ MODELS = [
         says=("activation checkpointing with use_reentrant=True hides parameters",),
         note="pass `use_reentrant=False`",
     ),
+    Case("one network under two names", Siamese, broken="point 12: it raises an error at the first measurement"),
     Case("frozen base with adapters (LoRA)", adapted, note="the Hessian of what is trained"),
 ]

@@ -1,5 +1,6 @@
 """The page that the table is shown on, made from what the rows promise: the tests hold them to it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,22 +15,34 @@ with dense Hessians, made of differences of float64 gradients. What a row says, 
 on several devices says the [README](../README.md#limits).
 
 - **measured**: *right*; *by differences* (torch cannot differentiate a layer twice: products are differences of
-  gradients, and a warning names the layer); *refused* (with a message, before anything is trained); *no* (training
-  goes on unmeasured).
+  gradients, and a warning names the layer); *refused* (with a message, before anything is trained).
 - **step's batch**, **FullBS**: relative error of the two sharpnesses, at most; the solver was asked for 0.01 %. A dash
-  where there is nothing to compare with.
+  where there is nothing to compare with. MiniBS, directional sharpness and the gap are shown in every row;
+  [tests/curvature](../tests/curvature) compares them.
 - **training**: *same bits* where weights, buffers, optimizers, schedulers, loops, random states and logged losses are
   those of the run without the monitor.
 - **remarks**: what to know, and in quotes what the monitor says.
 """
 COLUMNS = "| set-up | measured | step's batch | FullBS | training | remarks |\n|---|---|---|---|---|---|"
-WORDS = {"right": "right", "differences": "by differences", "refused": "refused", "nothing": "no"}
+WORDS = {"right": "right", "differences": "by differences", "refused": "refused"}
 
 
 def page(table: Mapping[str, Iterable[Case]]) -> str:
     """The whole page."""
     sections = [f"## {title}\n\n{COLUMNS}\n" + "\n".join(map(row, cases)) + "\n" for title, cases in table.items()]
-    return "\n".join([HEAD, *sections])
+    return "\n".join([HEAD, summary([case for cases in table.values() for case in cases]), *sections])
+
+
+def summary(cases: list[Case]) -> str:
+    """The whole table in a sentence."""
+    counts = Counter("broken" if case.broken else case.measured for case in cases)
+    clauses = [
+        f"{counts['right']} are measured right",
+        f"{counts['differences']} by differences",
+        f"{counts['refused']} are refused and say why",
+        *([f"{counts['broken']} do not work yet"] if counts["broken"] else []),
+    ]
+    return f"Of {len(cases)} set-ups {', '.join(clauses)}. None that is measured is trained differently.\n"
 
 
 def row(case: Case) -> str:

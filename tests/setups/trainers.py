@@ -130,7 +130,7 @@ def from_yaml(case: Case, root: Path, callbacks: tuple[Any, ...]) -> Any:
         return LightningCLI(Regressor, Data, **made).trainer
 
 
-def in_fabric(case: Case, root: Path) -> None:
+def in_fabric(root: Path) -> None:
     """A loop by hand measures before each step."""
     states, values = [], []
     for watched in (False, True):
@@ -163,13 +163,14 @@ TRAINERS = [
         "`fast_dev_run=2`",
         options={"fast_dev_run": 2},
         chunks=lambda data: loader(Subset(samples(12), range(8))),
-        note="`history` and `callback_metrics` have the numbers, loggers are off",
+        note="`history` has the numbers, loggers are off",
     ),
     Case(
         "`barebones=True`",
         Silent,
         options={"barebones": True, "logger": None, "enable_checkpointing": None, "log_every_n_steps": None}
         | dict.fromkeys(("enable_progress_bar", "enable_model_summary", "num_sanity_val_steps")),
+        note="`history` has the numbers, loggers are off",
     ),
     Case("`detect_anomaly=True`", options={"detect_anomaly": True}),
     Case(
@@ -197,7 +198,7 @@ TRAINERS = [
     Case("`LightningCLI`, from YAML", train=from_yaml),
     Case(
         "Fabric, `measure_sharpness` in the loop",
-        alone=in_fabric,
+        by_hand=in_fabric,
         current=None,
         broken="point 12: a module under two names raises an error",
     ),
