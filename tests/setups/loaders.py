@@ -149,7 +149,6 @@ class Reloaded(LightningDataModule):
 
 NO_SECOND = "SharpnessMonitor cannot read "
 FRESH = "pass `dataloader=`, a list or loader of batches to measure on"
-SEVERAL = "point 16: several loaders are refused"
 
 LOADERS = [
     Case("`shuffle=True`", data=lambda: loader(samples(12), shuffle=True)),
@@ -176,7 +175,6 @@ LOADERS = [
             chunks=lambda data: [batch for batch, *_ in data],
             sizes=lambda batch: 1,
             note="FullBS: over the batches of an epoch",
-            broken=SEVERAL,
         )
         for mode in ("min_size", "max_size", "max_size_cycle")
     ),
@@ -202,7 +200,6 @@ LOADERS = [
         lambda: [loader(samples(12))],
         chunks=lambda data: [[batch] for batch in data[0]],
         sizes=lambda batch: len(batch[0][0]),
-        broken="point 16: the first measurement raises an IndexError",
     ),
     Case(
         "batches with strings and `None` beside tensors",
@@ -239,7 +236,6 @@ LOADERS = [
         monitor=lambda: {"dataloader": ready()},
         chunks=lambda data: ready(),
         sizes=lambda batch: batch.num_graphs,
-        broken="point 3: objects count as one sample each",
     ),
     Case(
         "`LightningDataModule`, `reload_dataloaders_every_n_epochs=1`",

@@ -329,6 +329,6 @@ MODELS = [
         says=("activation checkpointing with use_reentrant=True hides parameters",),
         note="pass `use_reentrant=False`",
     ),
-    Case("one network under two names", Siamese, broken="point 12: it raises an error at the first measurement"),
+    Case("one network under two names", Siamese),
     Case("frozen base with adapters (LoRA)", adapted, note="the Hessian of what is trained"),
 ]

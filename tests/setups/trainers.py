@@ -200,6 +200,5 @@ TRAINERS = [
         "Fabric, `measure_sharpness` in the loop",
         by_hand=in_fabric,
         current=None,
-        broken="point 12: a module under two names raises an error",
     ),
 ]
