@@ -46,26 +46,7 @@ _HOME = {
     "predict_sharpness": "curvature.predict",
     "random_potential": "curvature.potential",
 }
-__all__ = [
-    "Eigenvalue",
-    "Estimate",
-    "GradientNoiseInjector",
-    "GradientNoiseMonitor",
-    "LearningRateRescaler",
-    "MiniBatchSharpness",
-    "RandomPotential",
-    "SharpnessMeasurement",
-    "SharpnessMonitor",
-    "SharpnessPrediction",
-    "Spectra",
-    "SpectralDensityMonitor",
-    "SpectralLearningRate",
-    "WeightDistanceMonitor",
-    "measure_sharpness",
-    "measure_spectra",
-    "predict_sharpness",
-    "random_potential",
-]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:
