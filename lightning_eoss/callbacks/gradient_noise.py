@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.gradient_noise import GradientNoise, gradient_noise
-from lightning_eoss.curvature.measure import check_arguments, check_batch_size
 from lightning_eoss.curvature.objective import Objective, derived_seed
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, Solver
@@ -78,8 +78,7 @@ class GradientNoiseMonitor(Callback):
         num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
-        check_arguments(
-            rel_error=0.05,
+        checks.settings(
             num_batches=num_batches,
             full_batch_samples=full_batch_samples,
             seed=seed,
@@ -87,8 +86,7 @@ class GradientNoiseMonitor(Callback):
             loss_fn=loss_fn,
         )
         check_schedule(every_n_train_steps, overhead, max_seconds)
-        if num_batches < 2:
-            raise ValueError(f"num_batches={num_batches} must be at least 2: one batch has no variance.")
+        checks.whole("num_batches", num_batches, 2, "must be at least 2: one batch has no variance.")
         self.num_batches = num_batches
         self.batch_size = batch_size
         self.full_batch_samples = full_batch_samples
@@ -182,7 +180,7 @@ class GradientNoiseMonitor(Callback):
         assert data is not None
         check_chosen_batch_size(self.batch_size, data)
         size, parts = self._watch.step_size(trainer, self.batch_size)
-        check_batch_size(size, data.source.num_samples)
+        checks.batch_size_of_data(size, data.source.num_samples)
         findings = preflight(objective, size, parts=parts, seed=self.seed)
         for warning in findings.warnings:
             self._watch.say(warning)

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_eoss.curvature.measure import check_arguments, check_loss_fn, whole
+from lightning_eoss import checks
 from lightning_eoss.curvature.noise import Noise, gradient_with_noise
 from lightning_eoss.curvature.objective import Objective, Part, derived_seed, full_batch
 from lightning_eoss.curvature.operators import gradient_graph, unflattened
@@ -80,15 +80,9 @@ class GradientNoiseInjector(Callback):
         dataloader: Iterable[Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if noise not in (*get_args(Noise), "none"):
-            raise ValueError(f"noise={noise!r} is unknown: choose one of {', '.join(get_args(Noise))} or none.")
-        check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
-        if batch_size is not None:
-            whole("batch_size", batch_size)
-            if batch_size < 1:
-                raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
-        if loss_fn is not None:
-            check_loss_fn(loss_fn)
+        kinds = get_args(Noise)
+        checks.one_of("noise", noise, (*kinds, "none"), f"choose one of {', '.join(kinds)} or none.")
+        checks.settings(full_batch_samples=full_batch_samples, seed=seed, batch_size=batch_size, loss_fn=loss_fn)
         self.noise = noise
         self.batch_size = batch_size
         self.full_batch_samples = full_batch_samples

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from lightning_eoss.curvature.measure import number, whole
+from lightning_eoss import checks
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.theory.control import CurvePoint, Reading, batch_factor, limit_rate, saturation, steer
 from lightning_eoss.theory.optimizers import PLAIN
@@ -102,7 +102,12 @@ class LearningRateRescaler(Callback):
         dry_run: bool = False,
         num_samples: int | Callable[[Any], int] | None = None,
     ) -> None:
-        _check(rule, base_batch_size, judged_on, cool_down, warm_up)
+        checks.one_of("rule", rule, ("auto", "linear", "sqrt"), "use 'linear', 'sqrt', or 'auto' for the optimizer's.")
+        checks.one_of("judged_on", judged_on, ("directional", "MiniBS"), "use 'directional' or 'MiniBS'.")
+        first = "must be positive, or None for the batch size of the first step."
+        checks.whole("base_batch_size", base_batch_size, 1, first, none=True)
+        checks.whole("cool_down", cool_down, 0, "must be a number of steps; 0 is none.")
+        checks.whole("warm_up", warm_up, 0, "must be a number of steps; 0 is none.", none=True)
         _check_limits(max_edge_ratio, target_edge_ratio, dead_band, max_change, min_scale, max_scale)
         self.rule = rule
         self.base_batch_size = base_batch_size
@@ -425,24 +430,6 @@ _YOUNG = 10  # steps until an adaptive optimizer's limits say something: the fir
 _SAVED = ("base", "size", "batch_factor", "control", "changed", "limit", "full", "mini")
 
 
-def _check(rule: str, base_batch_size: int | None, judged_on: str, cool_down: int, warm_up: int | None) -> None:
-    """Refuses what names nothing and counts nothing."""
-    if rule not in ("auto", "linear", "sqrt"):
-        raise ValueError(f"rule={rule!r} is unknown: use 'linear', 'sqrt', or 'auto' for what the optimizer needs.")
-    if judged_on not in ("directional", "MiniBS"):
-        raise ValueError(f"judged_on={judged_on!r} is unknown: use 'directional' or 'MiniBS'.")
-    if base_batch_size is not None:
-        whole("base_batch_size", base_batch_size)
-        if base_batch_size < 1:
-            raise ValueError(
-                f"base_batch_size={base_batch_size} must be positive, or None for the batch size of the first step."
-            )
-    for name, steps in (("cool_down", cool_down), ("warm_up", 0 if warm_up is None else warm_up)):
-        whole(name, steps)
-        if steps < 0:
-            raise ValueError(f"{name}={steps} must be a number of steps; 0 is none.")
-
-
 def _check_limits(
     max_edge_ratio: float | None,
     target_edge_ratio: float | None,
@@ -453,21 +440,13 @@ def _check_limits(
 ) -> None:
     """Refuses limits that hold nothing."""
     for name, ratio in (("max_edge_ratio", max_edge_ratio), ("target_edge_ratio", target_edge_ratio)):
-        if ratio is not None:
-            number(name, ratio)
-            if not 0 < ratio < math.inf:
-                raise ValueError(f"{name}={ratio} must be positive (1 is the edge), or None for none.")
-    for name, value in (
-        ("dead_band", dead_band),
-        ("max_change", max_change),
-        ("min_scale", min_scale),
-        ("max_scale", max_scale),
-    ):
-        number(name, value)
+        checks.number(name, ratio, "must be positive (1 is the edge), or None for none.", above=0, none=True)
+    for name, value in (("dead_band", dead_band), ("min_scale", min_scale), ("max_scale", max_scale)):
+        checks.number(name, value)
     if not 0 <= dead_band < 1:
         raise ValueError(f"dead_band={dead_band} is a relative deviation and must be from 0 to 1, as 0.15 is.")
-    if not 1 < max_change < math.inf:
-        raise ValueError(f"max_change={max_change} is a factor and must be above 1: else the controller never moves.")
+    words = "is a factor and must be above 1: else the controller never moves."
+    checks.number("max_change", max_change, words, above=1)
     if not 0 < min_scale <= 1 <= max_scale < math.inf:
         raise ValueError(
             f"min_scale={min_scale} and max_scale={max_scale} must be positive and have 1 between them: training "

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.measure import SharpnessMeasurement, check_arguments, check_batch_size, measure
+from lightning_eoss.curvature.measure import SharpnessMeasurement, measure
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed
 from lightning_eoss.curvature.operators import Curvature, Scaling, krylov_like
 from lightning_eoss.curvature.predict import SharpnessPrediction, predict
@@ -137,7 +138,7 @@ class SharpnessMonitor(Callback):
         outputs_fn: OutputsFn | None = None,
         raw: bool = False,
     ) -> None:
-        check_arguments(
+        checks.settings(
             rel_error=rel_error,
             num_batches=num_batches,
             full_batch_samples=full_batch_samples,
@@ -147,8 +148,8 @@ class SharpnessMonitor(Callback):
         )
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_operator(operator, outputs_fn)
-        if precision not in ("parameters", "as_trained"):
-            raise ValueError(f"precision={precision!r} is unknown: use 'parameters' (autocast off) or 'as_trained'.")
+        words = "use 'parameters' (autocast off) or 'as_trained'."
+        checks.one_of("precision", precision, ("parameters", "as_trained"), words)
         self.every_n_train_steps = None if every_n_train_steps is None else int(every_n_train_steps)
         self.overhead = 0.05 if every_n_train_steps is None and overhead is None else overhead
         self.max_seconds = max_seconds
@@ -354,7 +355,7 @@ class SharpnessMonitor(Callback):
         assert data is not None
         check_chosen_batch_size(self.batch_size, data)
         batch_size, parts = self._watch.step_size(trainer, self.batch_size)
-        check_batch_size(batch_size, data.source.num_samples)
+        checks.batch_size_of_data(batch_size, data.source.num_samples)
         findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
         for warning in (*findings.warnings, *cautions(trainer, objective.module)):
             self._watch.say(warning)

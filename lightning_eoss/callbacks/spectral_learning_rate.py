@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
 from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.measure import check_arguments, check_loss_fn, whole
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, random_batches, real
 from lightning_eoss.curvature.operators import Scaling, krylov_like
 from lightning_eoss.curvature.preflight import Findings, preflight
@@ -128,20 +128,15 @@ class SpectralLearningRate(Callback):
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
     ) -> None:
-        check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=None, seed=seed)
+        checks.settings(seed=seed, loss_fn=loss_fn)
         check_operator(operator, outputs_fn)
-        if rule not in get_args(Rule):
-            raise ValueError(f"rule={rule!r} is unknown: use 'nesterov', or 'polyak' for the heavy ball.")
+        checks.one_of("rule", rule, get_args(Rule), "use 'nesterov', or 'polyak' for the heavy ball.")
         for name, value, least in (("every_n_epochs", every_n_epochs, 1), ("steps", steps, 2)):
-            whole(name, value)
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}: nothing could be learned from less.")
+            checks.whole(name, value, least, f"must be at least {least}: nothing could be learned from less.")
         if not 0 <= max_momentum < 1:
             raise ValueError(f"max_momentum={max_momentum} is not from 0 to below 1: steps of momentum 1 never settle.")
         if max_learning_rate is not None and not max_learning_rate > 0:
             raise ValueError(f"max_learning_rate={max_learning_rate} must be positive, or None for no limit.")
-        if loss_fn is not None:
-            check_loss_fn(loss_fn)
         self.rule = rule
         self.every_n_epochs = int(every_n_epochs)
         self.steps = int(steps)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.measure import check_arguments, check_batch_size
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan
@@ -78,9 +78,7 @@ class SpectralDensityMonitor(Callback):
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
     ) -> None:
-        check_arguments(
-            rel_error=0.05,
-            num_batches=1,
+        checks.settings(
             full_batch_samples=full_batch_samples,
             seed=seed,
             batch_size=batch_size,
@@ -89,8 +87,7 @@ class SpectralDensityMonitor(Callback):
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_spectrum(steps, num_probes, augmented_passes)
         check_operator(operator, outputs_fn)
-        if mode not in ("as_trained", "eval"):
-            raise ValueError(f"mode={mode!r} is unknown: use 'as_trained' or 'eval'.")
+        checks.one_of("mode", mode, ("as_trained", "eval"), "use 'as_trained' or 'eval'.")
         self.steps = steps
         self.num_probes = num_probes
         self.augmented_passes = augmented_passes
@@ -190,7 +187,7 @@ class SpectralDensityMonitor(Callback):
         data = self._watch.data
         assert data is not None
         size, parts = self._watch.step_size(trainer, self.batch_size)
-        check_batch_size(size, data.source.num_samples)
+        checks.batch_size_of_data(size, data.source.num_samples)
         findings = preflight(objective, size, parts=parts, seed=self.seed)
         for warning in findings.warnings:
             self._watch.say(warning)

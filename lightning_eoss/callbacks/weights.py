@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_eoss.curvature.measure import whole
+from lightning_eoss import checks
 from lightning_eoss.curvature.projection import count_sketch
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.scalars import finite
@@ -71,12 +71,11 @@ class WeightDistanceMonitor(Callback):
         seed: int = 0,
     ) -> None:
         optional = {"every_n_train_steps": every_n_train_steps, "projection": projection}
-        given = {"points_per_decade": points_per_decade, "layer_depth": layer_depth, "seed": seed}
-        for name, value in (given | {name: each for name, each in optional.items() if each is not None}).items():
-            whole(name, value)
-            least = 0 if name in ("layer_depth", "seed") else 1
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}, or left out: nothing would be seen.")
+        for name, value in {**optional, "points_per_decade": points_per_decade}.items():
+            words = "must be at least 1, or left out: nothing would be seen."
+            checks.whole(name, value, 1, words, none=name in optional)
+        for name, value in {"layer_depth": layer_depth, "seed": seed}.items():
+            checks.whole(name, value, 0, "must be at least 0, or left out: nothing would be seen.")
         self.every_n_train_steps = every_n_train_steps
         self.points_per_decade = points_per_decade
         self.projection = projection

@@ -5,7 +5,6 @@ every start has a random part, every row takes a minimum of steps, and two mini-
 again from scratch: the *audit*.
 """
 
-import inspect
 import math
 import time
 import warnings
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import tee
-from numbers import Integral, Real
 from statistics import median
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.derivatives import Doubt, doubt
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
 from lightning_eoss.curvature.isolation import isolated
@@ -165,7 +164,7 @@ def measure_sharpness(
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, definitions 3.1 and 3.2.
     """
-    check_arguments(
+    checks.settings(
         rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed, tol=tol
     )
     plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol)
@@ -209,13 +208,13 @@ def standalone(
             f"model must be a module and loss_fn a function, got a {type(model).__name__} as model and a "
             f"{type(loss_fn).__name__} as loss_fn: loss_fn is called as loss_fn(model, batch)."
         )
-    check_loss_fn(loss_fn)
+    checks.loss_function(loss_fn)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(
             f"dataset={dataset!r} has no samples to index: pass a map-style data set or a sequence of samples, for a "
             "DataLoader its .dataset, with collate_fn=loader.collate_fn."
         )
-    check_batch_size(batch_size, len(dataset))
+    checks.batch_size_of_data(batch_size, len(dataset))
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
 
     def transfer(batch: Any) -> Any:
@@ -228,82 +227,6 @@ def standalone(
         for warning in findings.warnings:
             warnings.warn(warning, stacklevel=4)  # where the caller's caller is: contextlib stands between
         yield objective, findings
-
-
-def check_arguments(
-    *,
-    rel_error: float,
-    num_batches: int,
-    full_batch_samples: int | None,
-    seed: int,
-    tol: float | None = None,
-    batch_size: int | None = None,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
-) -> None:
-    """Refuses settings of the wrong kind and out of range."""
-    if batch_size is not None:
-        whole("batch_size", batch_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be positive, or None for training's own.")
-    if loss_fn is not None:
-        check_loss_fn(loss_fn)
-    number("rel_error", rel_error)
-    if tol is not None:
-        number("tol", tol)
-    whole("num_batches", num_batches)
-    whole("seed", seed)
-    if full_batch_samples is not None:
-        whole("full_batch_samples", full_batch_samples)
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative: it seeds numpy's SeedSequence.")
-    if not rel_error > 0:
-        raise ValueError(
-            f"rel_error={rel_error} must be positive: it is the half-width of MiniBS's interval, relative."
-        )
-    if num_batches < 1:
-        raise ValueError(f"num_batches={num_batches} must be at least 1: MiniBS is a mean over mini-batches.")
-    if full_batch_samples is not None and full_batch_samples < 1:
-        raise ValueError(
-            f"full_batch_samples={full_batch_samples} must be positive, or None to measure FullBS on all samples."
-        )
-    if tol is not None and not tol > 0:
-        raise ValueError(f"tol={tol} must be positive, or None for 0.5 rel_error: it is a relative residual.")
-
-
-def whole(name: str, value: object) -> None:
-    """Refuses what counts nothing."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}.")
-
-
-def number(name: str, value: object) -> None:
-    """Refuses what measures nothing."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
-
-
-def check_loss_fn(loss_fn: Callable[[Any, Any], Any]) -> None:
-    """Refuses functions that do not take a module and a batch."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn={loss_fn!r} must be a function of (module, batch) that returns the loss.")
-    try:
-        inspect.signature(loss_fn).bind(None, None)
-    except ValueError:  # some functions written in C have no signature
-        return
-    except TypeError as error:
-        raise TypeError(f"loss_fn={loss_fn!r} must take (module, batch) and return the loss: {error}.") from None
-
-
-def check_batch_size(batch_size: int, num_samples: int) -> None:
-    """Refuses batch sizes that the data cannot give."""
-    whole("batch_size", batch_size)
-    if num_samples < 1:
-        raise ValueError("dataset is empty, so there is no loss whose sharpness could be measured. Pass training data.")
-    if not 1 <= batch_size <= num_samples:
-        raise ValueError(
-            f"batch_size={batch_size} must lie between 1 and the number of samples, {num_samples}: "
-            "mini-batches are drawn without replacement. Choose a smaller batch_size."
-        )
 
 
 def measure(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from lightning_eoss.curvature.measure import check_arguments, number, standalone, whole
+from lightning_eoss import checks
+from lightning_eoss.curvature.measure import standalone
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, full_batch
 from lightning_eoss.curvature.operators import Sequential, krylov_like, unflattened
 from lightning_eoss.theory.random_matrix import gap_exponent
@@ -104,13 +105,11 @@ def random_potential(
 
     Source: Hoffer, Hubara and Soudry, appendix B, equation (1) and Figure 1.
     """
-    check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
-    whole("num_directions", num_directions)
+    checks.settings(full_batch_samples=full_batch_samples, seed=seed)
+    checks.whole("num_directions", num_directions, 2, "has no scatter and no interval: take 2 at least, or 100.")
     for distance in distances:
-        number("distances", distance)
+        checks.number("distances", distance)
     z = tuple(float(distance) for distance in distances)
-    if num_directions < 2:
-        raise ValueError(f"num_directions={num_directions} has no scatter and no interval: take 2 at least, or 100.")
     if not z or not all(0 < low < high for low, high in zip((1e-300, *z), (*z, math.inf), strict=True)):
         raise ValueError(f"distances={distances!r} must be positive, finite and increasing: they are drawn against.")
     size = min(1024, len(dataset)) if batch_size is None else batch_size

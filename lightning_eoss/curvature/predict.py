@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
 from lightning_eoss.curvature.measure import (
     Eigenvalue,
-    check_arguments,
-    check_batch_size,
     standalone,
     top_eigenvalue,
-    whole,
 )
 from lightning_eoss.curvature.objective import Objective, derived_seed, full_batch
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator, Scaling
@@ -139,16 +137,13 @@ def predict_sharpness(
 
     Source: Granziol, Zohren and Roberts, Theorems 4, 7 and 10, with the corrections named in `theory.random_matrix`.
     """
-    check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
+    checks.settings(full_batch_samples=full_batch_samples, seed=seed)
     for name, value, least in (("num_outliers", num_outliers, 1), ("num_groups", num_groups, 2)):
-        if value is not None:
-            whole(name, value)
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}: nothing could be predicted from fewer.")
+        checks.whole(name, value, least, f"must be at least {least}: nothing could be predicted from fewer.", none=True)
     if not isinstance(batch_sizes, Iterable) or not (batch_sizes := tuple(batch_sizes)):
         raise ValueError(f"batch_sizes={batch_sizes!r} must hold at least one batch size, as [32, 128] does.")
     for batch_size in batch_sizes:
-        check_batch_size(batch_size, len(dataset))
+        checks.batch_size_of_data(batch_size, len(dataset))
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=min(batch_sizes), seed=seed) as (objective, found):
         plan = Plan(min(batch_sizes), full_batch_samples=full_batch_samples, seed=seed)
         curvature = curvature_of(operator, outputs_fn, objective, max(batch_sizes))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.measure import check_arguments, standalone, whole
+from lightning_eoss.curvature.measure import standalone
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, full_batch, random_batches
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator
 from lightning_eoss.curvature.preflight import Findings
@@ -90,7 +91,7 @@ def measure_spectra(
 
     Source: Granziol, Zohren and Roberts, sections 7 and 12, appendices D and E.
     """
-    check_arguments(rel_error=0.05, num_batches=1, full_batch_samples=full_batch_samples, seed=seed)
+    checks.settings(full_batch_samples=full_batch_samples, seed=seed)
     check_spectrum(steps, num_probes, augmented_passes)
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
         plan = Plan(batch_size, full_batch_samples=full_batch_samples, seed=seed)
@@ -108,9 +109,7 @@ def check_spectrum(steps: int, num_probes: int, augmented_passes: int) -> None:
         augmented_passes: Passes over the data.
     """
     for name, value in (("steps", steps), ("num_probes", num_probes), ("augmented_passes", augmented_passes)):
-        whole(name, value)
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1: nothing would be measured.")
+        checks.whole(name, value, 1, "must be at least 1: nothing would be measured.")
 
 
 def spectra(

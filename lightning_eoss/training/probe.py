@@ -29,8 +29,8 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.isolation import isolated
-from lightning_eoss.curvature.measure import check_loss_fn
 from lightning_eoss.curvature.objective import (
     Batch,
     BatchListSource,
@@ -83,7 +83,7 @@ def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | N
             f"Train with devices=1, or: {_ELSEWHERE}"
         )
     if loss_fn is not None:
-        check_loss_fn(loss_fn)
+        checks.loss_function(loss_fn)
         return
     hint = "Pass loss_fn=, a function of (pl_module, batch) that returns the loss to be stepped on and changes nothing."
     if not getattr(pl_module, "automatic_optimization", True):

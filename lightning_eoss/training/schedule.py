@@ -7,7 +7,7 @@ often and dear ones seldom; what one cannot use, because training steps are too 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_eoss.curvature.measure import number, whole
+from lightning_eoss import checks
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,16 @@ def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_
         TypeError: If one of the numbers is none.
         ValueError: If both schedules are given, or one of the numbers is out of its range.
     """
-    number("max_seconds", max_seconds)
     if every_n_train_steps is not None and overhead is not None:
         raise ValueError(
             f"every_n_train_steps={every_n_train_steps} and overhead={overhead} are two schedules: "
             "choose one, or neither for overhead=0.05."
         )
-    if every_n_train_steps is not None:
-        whole("every_n_train_steps", every_n_train_steps)
-        if every_n_train_steps < 1:
-            raise ValueError(
-                f"every_n_train_steps={every_n_train_steps} must be at least 1; leave it out for a share of wall time."
-            )
-    if overhead is not None:
-        number("overhead", overhead)
-        if not 0 < overhead < 1:
-            raise ValueError(
-                f"overhead={overhead} is a share of the wall time and must lie between 0 and 1, as 0.05 does."
-            )
-    if not max_seconds > 0:
-        raise ValueError(f"max_seconds={max_seconds} must be positive: it is the upper limit of one measurement.")
+    steps = "must be at least 1; leave it out for a share of wall time."
+    checks.whole("every_n_train_steps", every_n_train_steps, 1, steps, none=True)
+    share = "is a share of the wall time and must lie between 0 and 1, as 0.05 does."
+    checks.number("overhead", overhead, share, above=0, below=1, none=True)
+    checks.number("max_seconds", max_seconds, "must be positive: it is the upper limit of one measurement.", above=0)
 
 
 def due_by_step(step: int, every_n_steps: int) -> bool:

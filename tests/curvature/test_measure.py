@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lightning_eoss import checks
 from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.measure import (
     SharpnessMeasurement,
-    check_arguments,
-    check_batch_size,
     measure,
     measure_sharpness,
 )
@@ -620,8 +619,8 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_good_arguments_pass() -> None:
-    check_arguments(rel_error=0.1, num_batches=1, full_batch_samples=None, seed=0)
-    check_batch_size(22, 22)
+    checks.settings(rel_error=0.1)
+    checks.batch_size_of_data(22, 22)
 
 
 def test_a_loss_without_a_graph_is_refused() -> None:

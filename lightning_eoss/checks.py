@@ -1,0 +1,83 @@
+"""What arguments may be. A refusal names the argument, its value, and in words of the caller what is wrong."""
+
+import inspect
+import math
+from collections.abc import Callable, Collection
+from numbers import Integral, Real
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int | None = None, words: str = "", *, none: bool = False) -> None:
+    """Refuses what counts nothing, and what counts less than the least; None only where that means something."""
+    if none and value is None:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}.")
+    if least is not None and int(value) < least:
+        raise ValueError(f"{name}={value} {words}")
+
+
+def number(
+    name: str, value: Any, words: str = "", *, above: float = -math.inf, below: float = math.inf, none: bool = False
+) -> None:
+    """Refuses what measures nothing, and, where there are words for it, what does not lie between two others."""
+    if none and value is None:
+        return
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
+    if words and not above < float(value) < below:
+        raise ValueError(f"{name}={value} {words}")
+
+
+def one_of(name: str, value: Any, choices: Collection[Any], words: str) -> None:
+    """Refuses what is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: {words}")
+
+
+def loss_function(loss_fn: Callable[[Any, Any], Any] | None, *, none: bool = True) -> None:
+    """Refuses functions that do not take a module and a batch."""
+    if none and loss_fn is None:
+        return
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r} must be a function of (module, batch) that returns the loss.")
+    try:
+        inspect.signature(loss_fn).bind(None, None)
+    except ValueError:  # some functions written in C have no signature
+        return
+    except TypeError as error:
+        raise TypeError(f"loss_fn={loss_fn!r} must take (module, batch) and return the loss: {error}.") from None
+
+
+def batch_size_of_data(batch_size: int, num_samples: int) -> None:
+    """Refuses batch sizes that the data cannot give."""
+    whole("batch_size", batch_size)
+    if num_samples < 1:
+        raise ValueError("dataset is empty, so there is no loss whose sharpness could be measured. Pass training data.")
+    if not 1 <= batch_size <= num_samples:
+        raise ValueError(
+            f"batch_size={batch_size} must lie between 1 and the number of samples, {num_samples}: "
+            "mini-batches are drawn without replacement. Choose a smaller batch_size."
+        )
+
+
+def settings(
+    *,
+    rel_error: float = 0.05,
+    num_batches: int = 1,
+    full_batch_samples: int | None = None,
+    seed: int = 0,
+    tol: float | None = None,
+    batch_size: int | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+) -> None:
+    """Refuses settings that several measurements have in common; those that are not given pass."""
+    whole("batch_size", batch_size, 1, "must be positive, or None for training's own.", none=True)
+    loss_function(loss_fn)
+    interval = "must be positive: it is the half-width of MiniBS's interval, relative."
+    number("rel_error", rel_error, interval, above=0)
+    number("tol", tol, "must be positive, or None for 0.5 rel_error: it is a relative residual.", above=0, none=True)
+    whole("num_batches", num_batches, 1, "must be at least 1: MiniBS is a mean over mini-batches.")
+    whole("seed", seed, 0, "must not be negative: it seeds numpy's SeedSequence.")
+    everything = "must be positive, or None to measure FullBS on all samples."
+    whole("full_batch_samples", full_batch_samples, 1, everything, none=True)
