@@ -1,5 +1,17 @@
 """What holds for all tests."""
 
+import signal
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)  # little matrices; and the machine is shared
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lightning stops listening to Ctrl+C once it was pressed."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)

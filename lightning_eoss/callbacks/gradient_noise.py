@@ -64,6 +64,7 @@ class GradientNoiseMonitor(Callback):
     """
 
     shares_batches = True
+    dashboard_categories = frozenset({tags.GRADIENT_NOISE})  # what it shows on the dashboard
 
     def __init__(
         self,
@@ -108,11 +109,6 @@ class GradientNoiseMonitor(Callback):
         """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
 
-    @property
-    def dashboard_categories(self) -> frozenset[str]:
-        """What it shows on the dashboard."""
-        return frozenset({tags.GRADIENT_NOISE})
-
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
         if stage == "fit":
@@ -135,7 +131,7 @@ class GradientNoiseMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
         try:
-            if steps_now(trainer) and self._due(trainer):  # with the last batch of a step all of it is known
+            if steps_now(trainer) and self._due(trainer) and self._watch.rested():  # now all of the step is known
                 self._look(trainer, pl_module, batch_idx)
         finally:
             self._watch.release(trainer, self)
@@ -145,7 +141,7 @@ class GradientNoiseMonitor(Callback):
         arrived = now(pl_module)  # what the device is still doing is training's
         try:
             with self._watch.forgiving(first=self._plan is None):
-                self._measure(trainer, pl_module, batch_idx)
+                self._watch.sparing(lambda: self._measure(trainer, pl_module, batch_idx))
         finally:
             self._agenda.tried(trainer.global_step)
             self._watch.spent += now(pl_module) - arrived
@@ -164,11 +160,12 @@ class GradientNoiseMonitor(Callback):
                     return
             assert self._findings is not None
             size, parts = self._watch.step_size(trainer, self.batch_size)
+            plan = self._watch.within(replace(self._plan, batch_size=size, parts=parts), self._findings, objective)
             generator = torch.Generator().manual_seed(derived_seed(self.seed, 15, stream))
             self.last = gradient_noise(
-                Solver(objective, replace(self._plan, batch_size=size, parts=parts), self._findings, generator),
+                Solver(objective, plan, self._findings, generator),
                 None if self.last is None else self.last.warm,
-                num_batches=self._plan.num_batches,
+                num_batches=plan.num_batches,
                 stream=stream,
             )
         self._agenda.charge("noise", self.last.seconds)

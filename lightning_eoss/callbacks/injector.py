@@ -122,7 +122,7 @@ class GradientNoiseInjector(Callback):
         if trains_nothing(trainer):  # SWA ends with a step on no gradient at all
             return
         with (
-            self._watch.forgiving(first=True),  # never: a step on another gradient would go unnoticed
+            self._watch.forgiving(first=True, vital=True),  # a step on another gradient would go unnoticed
             self._watch.objective(trainer, pl_module, self._batch_idx) as (objective, _),
         ):
             gradient = self._gradient(trainer, objective)

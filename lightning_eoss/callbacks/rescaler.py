@@ -86,6 +86,8 @@ class LearningRateRescaler(Callback):
     Source: Granziol, Zohren and Roberts, sections 10 and 11.
     """
 
+    dashboard_categories = frozenset({tags.LEARNING_RATE})  # what it shows on the dashboard
+
     def __init__(
         self,
         rule: Literal["auto", "linear", "sqrt"] = "auto",
@@ -147,11 +149,6 @@ class LearningRateRescaler(Callback):
     def history(self) -> list[dict[str, float]]:
         """What was logged, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
-
-    @property
-    def dashboard_categories(self) -> frozenset[str]:
-        """What it shows on the dashboard."""
-        return frozenset({tags.LEARNING_RATE})
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 

@@ -233,6 +233,7 @@ class SharpnessMonitor(Callback):
         arrived = time.perf_counter()
         if self._window.begins:
             self._due = frozenset() if trains_nothing(trainer) else self._due_now(trainer)
+            self._due = self._due if self._due and self._watch.rested() else frozenset()
             if self._due and limits_to_come(trainer):
                 self._put_off, self._due = self._due, frozenset()
         self._window.begins = steps_now(trainer)
@@ -259,7 +260,7 @@ class SharpnessMonitor(Callback):
         window, seen = self._window.close(), None
         try:
             with self._watch.forgiving(first=self._plan is None):
-                seen = self._look(trainer, pl_module, window, batch_idx)
+                seen = self._watch.sparing(lambda: self._look(trainer, pl_module, window, batch_idx))
         finally:
             self._agenda.tried(trainer.global_step)
             self._put_off = frozenset()
@@ -290,7 +291,9 @@ class SharpnessMonitor(Callback):
                 self._due = self._due_now(trainer)
             if self._plan is None or not self._due:
                 return None
-            plan = replace(self._plan, parts=self._watch.step_size(trainer, self.batch_size)[1])
+            assert self._findings is not None
+            parts = self._watch.step_size(trainer, self.batch_size)[1]
+            plan = self._watch.within(replace(self._plan, parts=parts), self._findings, objective)
             if self.overhead is not None and not self._agenda.ledgers["mini"].count:
                 plan = replace(plan, num_batches=min(plan.num_batches, FIRST_BATCHES))
             curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
@@ -327,7 +330,7 @@ class SharpnessMonitor(Callback):
             prediction = None
             if "prediction" in self._due and math.isfinite(measurement.full_batch.value):
                 with self._watch.forgiving(first=False):  # what was measured is not lost with it
-                    prediction = self._predicted(objective, plan, scaling, curvature, step)
+                    prediction = self._watch.sparing(lambda: self._predicted(objective, plan, scaling, curvature, step))
         return _Seen(measurement, raw, prediction, limits, scaling is not None)
 
     def _predicted(
@@ -335,6 +338,7 @@ class SharpnessMonitor(Callback):
     ) -> SharpnessPrediction:
         """MiniBS predicted at the measured batch size."""
         assert self._findings is not None
+        plan = self._watch.within(plan, self._findings, objective)
         plan, size, groups, _ = predictable(plan, self._findings, objective.source.num_samples, self.max_seconds)
         return predict(
             objective,

@@ -114,6 +114,8 @@ class SpectralLearningRate(Callback):
     Source: Granziol, Zohren and Roberts, section 10.2, equations (24) and (25) corrected.
     """
 
+    dashboard_categories = frozenset({tags.LEARNED_RATES})  # what it shows on the dashboard
+
     def __init__(
         self,
         rule: Rule = "nesterov",
@@ -156,11 +158,6 @@ class SpectralLearningRate(Callback):
         """The scalars of every change, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
 
-    @property
-    def dashboard_categories(self) -> frozenset[str]:
-        """What it shows on the dashboard."""
-        return frozenset({tags.LEARNED_RATES})
-
     # ---- when --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -199,7 +196,7 @@ class SpectralLearningRate(Callback):
         arrived, learned = now(pl_module), None
         try:
             with self._watch.forgiving(first=self._findings is None):
-                learned = self._learn(trainer, pl_module, batch_idx)
+                learned = self._watch.sparing(lambda: self._learn(trainer, pl_module, batch_idx))
             if learned is not None:
                 self._apply(trainer, learned)
         finally:
@@ -240,7 +237,7 @@ class SpectralLearningRate(Callback):
             for warning in findings.warnings:
                 self._watch.say(warning)
             self._findings = findings
-        plan = Plan(data.batch_size, parts, seed=self.seed)
+        plan = self._watch.within(Plan(data.batch_size, parts, seed=self.seed), self._findings, objective)
         isolation.reseed(derived_seed(self.seed, 11, stream))  # samplers may draw from any generator
         batch = self._batch(plan, derived_seed(self.seed, 12, stream))
         solver = Solver(

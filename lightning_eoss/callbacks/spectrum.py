@@ -59,6 +59,7 @@ class SpectralDensityMonitor(Callback):
     """
 
     shares_batches = True
+    dashboard_categories = frozenset({tags.SPECTRUM_SHAPE})  # what it shows on the dashboard
 
     def __init__(
         self,
@@ -114,11 +115,6 @@ class SpectralDensityMonitor(Callback):
         """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
         return self._watch.history
 
-    @property
-    def dashboard_categories(self) -> frozenset[str]:
-        """What it shows on the dashboard."""
-        return frozenset({tags.SPECTRUM_SHAPE})
-
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
         if stage == "fit":
@@ -141,7 +137,7 @@ class SpectralDensityMonitor(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
         try:
-            if steps_now(trainer) and self._due(trainer):  # with the last batch of a step all of it is known
+            if steps_now(trainer) and self._due(trainer) and self._watch.rested():  # now all of the step is known
                 self._look(trainer, pl_module, batch_idx)
         finally:
             self._watch.release(trainer, self)
@@ -151,7 +147,7 @@ class SpectralDensityMonitor(Callback):
         arrived = now(pl_module)  # what the device is still doing is training's
         try:
             with self._watch.forgiving(first=self._plan is None):
-                self._measure(trainer, pl_module, batch_idx)
+                self._watch.sparing(lambda: self._measure(trainer, pl_module, batch_idx))
         finally:
             self._agenda.tried(trainer.global_step)
             self._watch.spent += now(pl_module) - arrived
@@ -169,9 +165,10 @@ class SpectralDensityMonitor(Callback):
                     return
             assert self._findings is not None and self._watch.data is not None
             size, parts = self._watch.step_size(trainer, self.batch_size)
+            plan = self._watch.within(replace(self._plan, batch_size=size, parts=parts), self._findings, objective)
             self.last = spectra(
                 objective,
-                replace(self._plan, batch_size=size, parts=parts),
+                plan,
                 self._findings,
                 steps=self.steps,
                 num_probes=self.num_probes,

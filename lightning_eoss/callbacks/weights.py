@@ -62,6 +62,8 @@ class WeightDistanceMonitor(Callback):
     Source: Hoffer, Hubara and Soudry, "Train longer, generalize better", sections 3 and 4, Figures 2 and 4.
     """
 
+    dashboard_categories = frozenset({tags.WEIGHTS})  # what it shows on the dashboard
+
     def __init__(
         self,
         every_n_train_steps: int | None = None,
@@ -100,11 +102,6 @@ class WeightDistanceMonitor(Callback):
     def laws(self) -> DistanceLaws:
         """Both laws as fitted to all looks so far; NaN where it is too early."""
         return distance_laws(*np.array(self._points, dtype=float).reshape(-1, 2).T)
-
-    @property
-    def dashboard_categories(self) -> frozenset[str]:
-        """What it shows on the dashboard."""
-        return frozenset({tags.WEIGHTS})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses parameters that no process has all of."""

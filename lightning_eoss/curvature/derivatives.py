@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_eoss.curvature.objective import Objective, Part
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Graph, rounding, step_length
+from lightning_eoss.curvature.shortage import out_of_memory
 
 _SMALL = 1e-3  # relative: what differs by less is the same, beside any interval that is shown
 _RATIO, _LENGTHS = 8.0, 4  # of a step to the next shorter one, and how many there are at most
@@ -90,6 +91,8 @@ def doubt(
             vector = _unit(pairs[-1][1])
             pairs[2:] = [(vector, look.image(vector))]
     except RuntimeError as error:  # NotImplementedError included
+        if out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         words = f"Products by autograd are impossible ({_layer(objective, part, reason)}{reason}). {_FALLBACK}"
         return Doubt(words, differences=True)

@@ -168,8 +168,9 @@ def _deviations(solver: Solver, size: int, parts: int, count: int, centre: Tenso
 
 
 def _gradient(solver: Solver, batch: Batch) -> Tensor:
-    """(P,) of one batch, in pieces where it is larger than training's."""
-    pieces = split(batch, solver.chunk_size) if solver.findings.reduction == "mean" else batch
+    """(P,) of one batch, in pieces where it is larger than training's or than memory allows."""
+    most = min(solver.chunk_size, solver.piece_size)
+    pieces = split(batch, most) if solver.findings.reduction == "mean" else batch
     terms = [part.weight * gradient_graph(solver.objective, part, create_graph=False).gradient for part in pieces]
     return torch.stack(terms).sum(0)
 

@@ -117,7 +117,7 @@ def _contexts(
 # ---- random generators -----------------------------------------------------------------------------------------------
 
 
-def _accelerators() -> list[Any]:
+def accelerators() -> list[Any]:
     """The torch device modules whose generators exist already; asking must not initialise a device."""
     found: list[Any] = [torch.cuda] if torch.cuda.is_initialized() else []
     if torch.backends.mps.is_available():
@@ -132,7 +132,7 @@ def noted_generators() -> Restore:
     cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     states = [
         (each, each.get_rng_state_all() if hasattr(each, "get_rng_state_all") else each.get_rng_state())
-        for each in _accelerators()
+        for each in accelerators()
     ]
 
     def restore() -> None:
@@ -148,7 +148,7 @@ def noted_generators() -> Restore:
 def _seed_globally(number: int) -> None:
     """Seeds what `noted_generators` notes."""
     torch.default_generator.manual_seed(number)
-    for each in _accelerators():
+    for each in accelerators():
         (each.manual_seed_all if hasattr(each, "manual_seed_all") else each.manual_seed)(number)
     np.random.seed(number % 2**32)
     random.seed(number)

@@ -8,6 +8,7 @@ of a batch that is too large for memory.
 import copy
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -231,6 +232,23 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+LOADING = (
+    "This came up while samples were loaded for a measurement, in the process that trains: what workers alone open (in "
+    "a worker_init_fn) is not there. Open it where a sample is first asked for, or measure on other samples: batches "
+    "that are there already, as in dataloader=list(itertools.islice(loader, 100))."
+)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Notes on errors that they came up while samples were loaded."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(LOADING)
+        raise
+
+
 @dataclass
 class BatchCache:
     """Batches on the device, kept for the next pass while they fit."""
@@ -301,7 +319,8 @@ class Objective:
 
         def load() -> Any:
             self.prepare(part)
-            return self.source.take(part.indices)
+            with loading():
+                return self.source.take(part.indices)
 
         return self.cache.get(part, load)
 

@@ -23,6 +23,7 @@ from lightning_eoss.curvature.operators import (
     gradient_graph,
     rounding,
 )
+from lightning_eoss.curvature.shortage import out_of_memory
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ _HIDDEN = (
 )
 
 
-def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
+def reduction(objective: Objective, *, seed: int = 0, most: int = FEW) -> Reduction:
     """How the loss of a batch is made of its samples' losses, found by evaluating two batches and their union.
 
     Everything that couples samples or draws random numbers by position (BatchNorm in train mode, class weights, masks,
@@ -53,12 +54,13 @@ def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
     Args:
         objective: The loss and its source.
         seed: Seed of the samples.
+        most: Samples of the union; fewer where memory does not hold them.
 
     Returns:
         `"mean"` where loss(A + B) = (a loss(A) + b loss(B)) / (a + b) for values and gradients, `"sum"` where it is
         loss(A) + loss(B), else `"other"`.
     """
-    num_samples = min(FEW, objective.source.num_samples)
+    num_samples = min(most, objective.source.num_samples)
     if not objective.source.divisible or num_samples < 3:
         return "other"
     (whole,) = next(random_batches(objective.source, num_samples, seed=seed))
@@ -67,8 +69,14 @@ def reduction(objective: Objective, *, seed: int = 0) -> Reduction:
     second = replace(whole, size=num_samples - cut, indices=whole.indices[cut:])
     try:
         both, one, two = (gradient_graph(objective, part, create_graph=False) for part in (whole, first, second))
-    except (RuntimeError, ValueError):
-        return "other"  # a model that refuses odd batch sizes; a real defect will raise again in the measurement
+    except (RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            return "other"  # a model that refuses odd batch sizes; a real defect will raise again in the measurement
+        if num_samples < 6:
+            raise
+        both = None
+    if both is None:
+        return reduction(objective, seed=seed, most=num_samples // 2)
     tolerance = min(1e-3, 100 * math.sqrt(torch.finfo(both.loss.dtype).eps))
 
     def combines(of_one: float, of_two: float) -> bool:

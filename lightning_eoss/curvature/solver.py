@@ -57,6 +57,14 @@ class Plan:
         return self.batch_size * self.parts
 
 
+def demand(plan: Plan, findings: Findings, objective: Objective) -> float:
+    """Bytes of graphs, or of vectors, that a measurement would hold at once if it could."""
+    there = objective.source.num_samples
+    samples = max(_ROWS * plan.step_size, min(plan.full_batch_samples or there, there))
+    vector = krylov_like(objective).element_size() * objective.num_parameters
+    return max(findings.graph_bytes * samples, float(MAX_STEPS * vector))
+
+
 @dataclass(frozen=True, eq=False)
 class WarmStart:
     """Where the next measurement starts: what the last one found of the spectrum's upper end."""
@@ -168,6 +176,11 @@ class Solver:
         """Samples of a chunk of the full batch."""
         return max(self.plan.batch_size, FULL_CHUNK) if self.findings.reduction == "mean" else self.plan.batch_size
 
+    @property
+    def piece_size(self) -> int:
+        """Samples whose graph fits the memory."""
+        return max(1, int(self.plan.memory_bytes / max(self.findings.graph_bytes, 1.0)))
+
     def random_starts(self, num_rows: int) -> Tensor:
         """(B, P) starts that know nothing."""
         return random_start(num_rows, self.objective.num_parameters, self.generator, like=self.like)
@@ -175,8 +188,7 @@ class Solver:
     def operator(self, batches: Sequence[Batch]) -> Operator:
         """The operator of these batches, those that are too large for memory in pieces where their loss allows it."""
         if self.findings.reduction == "mean":
-            piece = max(1, int(self.plan.memory_bytes / max(self.findings.graph_bytes, 1.0)))
-            batches = [split(batch, piece) for batch in batches]
+            batches = [split(batch, self.piece_size) for batch in batches]
         stackable = self.findings.stacked and self.curvature is HESSIAN and len(batches) > 1
         if stackable and self._alike(batches):
             return Stacked(self.objective, batches, self.scaling, self.reduce)

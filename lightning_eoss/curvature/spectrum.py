@@ -169,6 +169,6 @@ def spectra(
 
 def _density(solver: Solver, operator: Operator, *, steps: int, num_probes: int) -> SpectralDensity:
     """The density of a one-row operator, one probe after another: their bases would not fit together."""
-    steps = max(2, min(steps, int(solver.plan.memory_bytes / solver.vector_bytes)))
+    steps = min(steps, max(30, int(solver.plan.memory_bytes / solver.vector_bytes)))
     probes = random_probes(num_probes, solver.objective.num_parameters, solver.generator, like=solver.like)
     return spectral_density(operator.matvec, probes, steps=steps, at_once=1)

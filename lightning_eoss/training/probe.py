@@ -39,6 +39,7 @@ from lightning_eoss.curvature.objective import (
     Part,
     Source,
     derived_seed,
+    loading,
     num_samples_of,
     real,
 )
@@ -300,7 +301,8 @@ def training_data(
         if _indexable(dataloader):
             return _indexed(dataloader, transfer, None)
         its_batches = (batch for batch, _idx, _dataloader_idx in dataloader) if combined else dataloader
-        batches = list(_first_samples(its_batches, max_samples, count))
+        with loading():
+            batches = list(_first_samples(its_batches, max_samples, count))
     if not batches:
         raise MisconfigurationException(
             f"{name} got dataloader={dataloader!r}, which has no batches. Pass data to measure on."

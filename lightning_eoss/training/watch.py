@@ -1,9 +1,10 @@
 """What every monitor does around a measurement: its clock, its way to the data, its words, its points."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.objective import BatchCache, Objective, num_samples_of
+from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective, num_samples_of
+from lightning_eoss.curvature.preflight import Findings
+from lightning_eoss.curvature.shortage import free, out_of_memory
+from lightning_eoss.curvature.solver import Plan, demand
 from lightning_eoss.training.probe import (
     TrainingData,
     check_dataloader,
@@ -31,6 +35,8 @@ UNPAID = (
 # Batches that the monitors of a Trainer have loaded for one step, by the loader that they come from.
 _SHARED: WeakKeyDictionary[Any, tuple[int, dict[int, BatchCache]]] = WeakKeyDictionary()
 HISTORY = 10_000  # entries, above which the older half is thinned
+EARLY_SECONDS = 60.0  # of a fit, that an error at the first measurement may cost
+TRIES = 6  # of a measurement that memory does not hold, before the last one
 
 
 @dataclass
@@ -49,6 +55,10 @@ class Watch:
     began: float = field(default_factory=time.perf_counter)
     spent: float = 0.0  # seconds in hooks since fit began
     shares: bool = False  # batches with other monitors of the step; then `release` has to be called
+    _memory: float = math.inf  # bytes, once they have run out
+    _wanted: float = math.inf  # bytes that a plan would take
+    _failures: int = 0  # in a row
+    _rests: int = 0  # turns to be left out
     notes: Sequence[str] = ()  # what holds for this run, for the dashboard
     _drawn: set[int] = field(default_factory=set)  # loggers of this fit that have the dashboard
     _said: set[str] = field(default_factory=set)
@@ -59,7 +69,7 @@ class Watch:
 
     def begin(self) -> None:
         """Starts the clock of a fit."""
-        self.began, self.spent, self._drawn = time.perf_counter(), 0.0, set()
+        self.began, self.spent, self._drawn, self._failures, self._rests = time.perf_counter(), 0.0, set(), 0, 0
 
     @property
     def elapsed(self) -> float:
@@ -159,6 +169,7 @@ class Watch:
         if len(self.history) > HISTORY:
             self.history[: HISTORY // 2] = self.history[: HISTORY // 2 : 2]
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
+        shown = frozenset().union(*(getattr(each, "dashboard_categories", ()) for each in trainer.callbacks))
         for logger in trainer.loggers:
             with self._losing(logger):
                 logger.log_metrics(values, step=step)
@@ -167,7 +178,7 @@ class Watch:
                 for picture in pictures:
                     picture(experiment, step=step)
                 if self.page is not None and id(logger) not in self._drawn:
-                    self.page(experiment, categories_shown(trainer), callback.dashboard_categories, self.notes)
+                    self.page(experiment, shown, callback.dashboard_categories, self.notes)
                     self._drawn.add(id(logger))
 
     @contextmanager
@@ -176,10 +187,10 @@ class Watch:
         try:
             yield
         except Exception as error:
-            name = type(logger).__name__
+            name, cause = type(logger).__name__, error.__cause__ or error  # a full disk, and not what comes of it
             self.say(
                 f"{name} failed, and what it was given is not there; training goes on, and other loggers get theirs. "
-                f"{type(error).__name__}: {error}",
+                f"{type(cause).__name__}: {cause}",
                 about=name,
             )
 
@@ -198,23 +209,62 @@ class Watch:
             )
 
     @contextmanager
-    def forgiving(self, *, first: bool) -> Iterator[None]:
-        """Lets a measurement fail without ending training, unless it is the first.
+    def forgiving(self, *, first: bool, vital: bool = False) -> Iterator[None]:
+        """Lets a measurement fail without ending training, unless nothing is lost with it.
+
+        A first one ends it, as long as training has hardly begun: what is wrong with a loss will stay wrong. Samples
+        that cannot be loaded and memory that runs out say nothing of the loss.
 
         Args:
-            first: Whether nothing has been measured yet: little is lost then, and what is wrong will stay wrong.
+            first: Whether nothing has been measured yet.
+            vital: Whether training cannot go on without what is done here.
         """
+        early = first and self.elapsed < EARLY_SECONDS
         try:
             yield
+            self._failures = self._rests = 0
         except Exception as error:
-            if first:
+            notes = [LOADING] if LOADING in getattr(error, "__notes__", ()) else []
+            if vital or (early and not notes and not out_of_memory(error)):
                 error.add_note(
                     f"{self.name} met this at its first measurement. Where training_step cannot be evaluated once "
                     "more, pass loss_fn=, a function of (pl_module, batch) that returns the loss (for operator='ggn' "
                     "outputs_fn=); without the callback training is what it was."
                 )
                 raise
-            self.say(f"a measurement failed and is left out, training goes on. {type(error).__name__}: {error}")
+            self._rests, self._failures = 2**self._failures - 1, min(self._failures + 1, 10)
+            kind = type(error).__name__
+            message = "a measurement failed and is left out, training goes on."
+            self.say(" ".join([message, f"{kind}: {error}", *notes]), about=f"failed {kind}")
+
+    def rested(self) -> bool:
+        """Whether to try what is due: after each failure in a row, twice as many turns are left out as before."""
+        self._rests -= 1
+        return self._rests < 0
+
+    def within(self, plan: Plan, findings: Findings, objective: Objective) -> Plan:
+        """The plan in the memory that there has been so far."""
+        plan = replace(plan, memory_bytes=min(plan.memory_bytes, self._memory))
+        self._wanted = min(plan.memory_bytes, demand(plan, findings, objective))
+        return plan
+
+    def sparing(self, look: Callable[[], Any]) -> Any:
+        """Looks; where memory runs out, with half as much at once, and again. What is learned of memory stays.
+
+        Args:
+            look: A measurement whose plan is `within`.
+        """
+        for _ in range(TRIES):
+            self._wanted = math.inf
+            try:
+                return look()
+            except Exception as error:
+                if not out_of_memory(error) or self._wanted == math.inf:  # a plan is not what was too large
+                    raise
+            self._memory = self._wanted / 2
+            _SHARED.clear()
+            free()
+        return look()
 
     def say(self, message: str, *, about: str | None = None) -> None:
         """Warns, once for each message, or for what several messages are about."""
@@ -230,18 +280,6 @@ class Watch:
     def tell(self, notes: Iterable[str]) -> None:
         """Says something in a line."""
         rank_zero_info(f"{self.name}: {'; '.join(notes)}.")
-
-
-def categories_shown(trainer: Any) -> frozenset[str]:
-    """The dashboard's categories that all callbacks of a Trainer fill together.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        Their titles.
-    """
-    return frozenset().union(*(getattr(each, "dashboard_categories", ()) for each in trainer.callbacks))
 
 
 def now(pl_module: Any) -> float:

@@ -102,7 +102,8 @@ class FullDisk(Failing):
     """No point can be written."""
 
     def __init__(self) -> None:
-        super().__init__(OSError(errno.ENOSPC, "No space left on device"))
+        super().__init__(ValueError("a number is not supported"))  # what TensorBoardLogger makes of any error
+        self.error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
 
 
 class Unreachable(Failing):

@@ -5,7 +5,6 @@ that training can see must be equal at the end, and every cell of `metrics.csv` 
 """
 
 import random
-import signal
 import tempfile
 import warnings
 from collections import defaultdict
@@ -856,14 +855,6 @@ def test_a_training_step_that_steps_is_not_measured_and_not_disturbed(tmp_path: 
     assert [point["step"] for point in watch.history] == [0, 2]
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Lightning stops listening to Ctrl+C once it was pressed."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 class Stop(Callback):
     """Presses Ctrl+C before a batch."""
 
@@ -875,7 +866,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_measurement_leaves_nothing_behind(tmp_path: Path) -> None:
     """Ctrl+C in the measurement before step 2 against Ctrl+C before step 2."""
     trainers, states = [], []
