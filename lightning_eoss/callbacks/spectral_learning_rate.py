@@ -23,7 +23,7 @@ from lightning_eoss.display import dashboard as tags
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.theory.scaling import curvature_range, nesterov, polyak
 from lightning_eoss.training.probe import refuse, refuse_frozen, sampler_batches
-from lightning_eoss.training.watch import Watch, now
+from lightning_eoss.training.watch import Watch
 
 Rule = Literal["nesterov", "polyak"]
 
@@ -193,14 +193,11 @@ class SpectralLearningRate(Callback):
         if epoch % self.every_n_epochs != 0 or epoch == self._last_epoch:
             return
         self._last_epoch = epoch
-        arrived, learned = now(pl_module), None
-        try:
-            with self._watch.forgiving(first=self._findings is None):
-                learned = self._watch.sparing(lambda: self._learn(trainer, pl_module, batch_idx))
-            if learned is not None:
-                self._apply(trainer, learned)
-        finally:
-            self._watch.spent += now(pl_module) - arrived
+        learned = None
+        with self._watch.forgiving(first=self._findings is None):
+            learned = self._watch.sparing(lambda: self._learn(trainer, pl_module, batch_idx))
+        if learned is not None:
+            self._apply(trainer, learned)
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
@@ -237,7 +234,8 @@ class SpectralLearningRate(Callback):
             for warning in findings.warnings:
                 self._watch.say(warning)
             self._findings = findings
-        plan = self._watch.within(Plan(data.batch_size, parts, seed=self.seed), self._findings, objective)
+        plan = Plan(data.batch_size, parts, seed=self.seed, memory_bytes=objective.cache.limit)
+        plan = self._watch.within(plan, self._findings, objective)
         isolation.reseed(derived_seed(self.seed, 11, stream))  # samplers may draw from any generator
         batch = self._batch(plan, derived_seed(self.seed, 12, stream))
         solver = Solver(

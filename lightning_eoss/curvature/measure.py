@@ -24,8 +24,10 @@ from lightning_eoss import checks
 from lightning_eoss.curvature.derivatives import Doubt, doubt
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
 from lightning_eoss.curvature.isolation import isolated
+from lightning_eoss.curvature.memory import memory_budget
 from lightning_eoss.curvature.objective import (
     Batch,
+    BatchCache,
     DatasetSource,
     Objective,
     derived_seed,
@@ -93,6 +95,7 @@ class SharpnessMeasurement:
     full_passes: int  # products with the full batch
     hvps: float  # all products, in samples / batch_size
     seconds: float
+    memory: float  # MiB taken at the peak, beyond what was taken before
     doubt: Doubt | None = None  # of products by autograd, where the audit had one
 
     def __repr__(self) -> str:
@@ -167,8 +170,9 @@ def measure_sharpness(
     checks.settings(
         rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed, tol=tol
     )
-    plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol)
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
+        memory = objective.cache.limit
+        plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol, memory)
         curvature = curvature_of(operator, outputs_fn, objective, batch_size)
         measurement, _ = measure(objective, plan, findings, WarmStart(), curvature=curvature)
     if measurement.doubt is not None:
@@ -222,7 +226,8 @@ def standalone(
 
     source = DatasetSource(dataset, collate_fn, transfer)
     with isolated(model, [dataset, collate_fn, loss_fn]) as isolation:
-        objective = Objective(model, lambda batch: loss_fn(model, batch), source, isolation)
+        cache = BatchCache(memory_budget(device))
+        objective = Objective(model, lambda batch: loss_fn(model, batch), source, isolation, cache)
         findings = preflight(objective, batch_size, seed=seed)
         for warning in findings.warnings:
             warnings.warn(warning, stacklevel=4)  # where the caller's caller is: contextlib stands between
@@ -341,6 +346,7 @@ def _measured(
         full_passes=whole.passes,
         hvps=samples / solver.step_samples,
         seconds=time.perf_counter() - began,
+        memory=objective.memory.added,
         doubt=_doubt(solver, sampled.audited or chunks, warm.top, suspects),
     )
     return measurement, warm
@@ -376,7 +382,8 @@ class _Full:
 def _measure_full(solver: Solver, warm: WarmStart) -> _Full:
     """FullBS; before the first one, a part of the data leads most of the way at a part of the price."""
     plan, source, samples = solver.plan, solver.objective.source, 0.0
-    chunks = full_batch(source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
+    given: dict[str, Any] = {"max_samples": plan.full_batch_samples, "first": plan.first_samples, "seed": plan.seed}
+    chunks = full_batch(source, solver.chunk_size, **given)
     fewer = _num_samples(chunks) // COARSER
     tol = FULL_TOL if warm.of_full else COLD_TOL
     if not warm.of_full and fewer >= plan.step_size:

@@ -7,6 +7,7 @@ of a batch that is too large for memory.
 
 import copy
 import random
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
 from lightning_eoss.curvature.isolation import Isolation, Restore
+from lightning_eoss.curvature.memory import Gauge
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,13 @@ def loading() -> Iterator[None]:
 class BatchCache:
     """Batches on the device, kept for the next pass while they fit."""
 
-    limit: int = 2**30  # bytes
+    limit: float = 2.0**30  # bytes
     batches: dict[Part, Any] = field(default_factory=dict, repr=False)
     held: int = 0  # bytes
+    # All that was ever loaded: samples, bytes, and seconds that it took.
+    loaded: int = 0
+    read: int = 0
+    seconds: float = 0.0
 
     def get(self, part: Part, load: Callable[[], Any]) -> Any:
         """A part's samples, loaded where they are not there yet; never twice the same object.
@@ -269,7 +275,11 @@ class BatchCache:
         """
         key = replace(part, weight=1.0)
         if key not in self.batches:
+            began = time.perf_counter()
             batch = load()
+            self.seconds += time.perf_counter() - began
+            self.loaded += part.size
+            self.read += num_bytes(batch)
             if self.held + num_bytes(batch) > self.limit:
                 return batch
             self.batches[key] = batch
@@ -294,6 +304,7 @@ class Objective:
     owned: Collection[int] | None = None  # ids of the parameters that are trained; None: all that require a gradient
     scale: float = 1.0  # factor to the loss: what a step makes of it
     parameters: list[nn.Parameter] = field(init=False)
+    memory: Gauge = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [
@@ -306,6 +317,7 @@ class Objective:
                 f"{type(self.module).__name__} has no parameter with requires_grad=True, so its loss has no Hessian. "
                 "Unfreeze what is trained before measuring."
             )
+        self.memory = Gauge(self.parameters[0].device)
 
     @property
     def num_parameters(self) -> int:
@@ -399,21 +411,25 @@ def disjoint_batches(source: Source, batch_size: int, *, seed: int) -> Iterator[
         yield (Part(1.0, source.size(piece), piece, derived_seed(seed, 2, number)),)
 
 
-def full_batch(source: Source, chunk_size: int, *, max_samples: int | None = None, seed: int = 0) -> Batch:
+def full_batch(
+    source: Source, chunk_size: int, *, max_samples: int | None = None, first: int | None = None, seed: int = 0
+) -> Batch:
     """All samples (or a fixed random subset) as consecutive chunks, each weighted by its share of the samples.
 
     Args:
         source: Where the samples come from.
         chunk_size: Samples of one chunk; the last one may be smaller.
         max_samples: Size of the subset, which depends on `seed` alone; None: all samples.
+        first: Only so many of those, each such part within all larger ones; None: all.
         seed: Seed of the subset and of the chunks.
 
     Returns:
         The chunks.
     """
     chosen: Sequence[int] = range(source.num_samples)
-    if max_samples is not None and max_samples < len(chosen):
-        chosen = sorted(random.Random(derived_seed(seed, 0)).sample(chosen, max_samples))
+    most = min(max_samples or len(chosen), len(chosen))
+    if min(first or most, most) < len(chosen):
+        chosen = sorted(random.Random(derived_seed(seed, 0)).sample(chosen, most)[:first])
     pieces = [tuple(chosen[first : first + chunk_size]) for first in range(0, len(chosen), chunk_size)]
     total = sum(source.size(piece) for piece in pieces)
     return tuple(

@@ -113,6 +113,7 @@ def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = Tru
         return constant_graph(objective, loss.detach())
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     places = [place for place, each in enumerate(gradients) if create_graph and each is not None and each.requires_grad]
+    objective.memory.note()
     return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)
 
 
@@ -307,6 +308,7 @@ class Stacked:
         total = torch.stack(terms).sum(0)
         self._losses = total.detach()
         self._gradients = list(torch.autograd.grad(total.sum(), self._parameters, create_graph=True))
+        self.objective.memory.note()
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """``(B, P) -> (B, P)``, row by row."""

@@ -145,7 +145,8 @@ def predict_sharpness(
     for batch_size in batch_sizes:
         checks.batch_size_of_data(batch_size, len(dataset))
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=min(batch_sizes), seed=seed) as (objective, found):
-        plan = Plan(min(batch_sizes), full_batch_samples=full_batch_samples, seed=seed)
+        memory = objective.cache.limit
+        plan = Plan(min(batch_sizes), full_batch_samples=full_batch_samples, seed=seed, memory_bytes=memory)
         curvature = curvature_of(operator, outputs_fn, objective, max(batch_sizes))
         given: dict[str, Any] = {"batch_sizes": batch_sizes, "num_groups": num_groups, "curvature": curvature}
         return predict(objective, plan, found, WarmStart(), num_outliers=num_outliers, **given)

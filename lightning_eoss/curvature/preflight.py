@@ -103,6 +103,8 @@ class Findings:
     seconds: float  # of one product of one batch, its graph not counted
     warnings: tuple[str, ...]  # what a user must know
     detached: bool = False  # the gradient depends on parameters in ways that its graph does not hold
+    loading: float = 0.0  # seconds to load one sample
+    sample_bytes: float = 0.0  # memory of one loaded sample
 
     def after(self, doubt: Doubt) -> "Findings":
         """What is known once there is a doubt."""
@@ -143,6 +145,7 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
     differences = found is not None and found.differences
     warnings = [_SUM] if kind == "sum" else []
     stacked = not differences and _worth_stacking(objective) and _stacks(objective, size, parts, seed)
+    cache = objective.cache
     return Findings(
         reduction=kind,
         differences=differences,
@@ -151,6 +154,8 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         seconds=float(_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size),
         warnings=(*warnings, *([found.message] if found else [])),
         detached=found is not None and found.detached,
+        loading=cache.seconds / max(cache.loaded, 1),
+        sample_bytes=cache.read / max(cache.loaded, 1),
     )
 
 

@@ -45,6 +45,7 @@ class Plan:
     seed: int = 0
     tol: float | None = None  # relative residual of the solver; None: 0.5 rel_error
     memory_bytes: float = 2.0**30  # of graphs, of cached batches and of Krylov vectors, each
+    first_samples: int | None = None  # of the full batch's, while more cannot be paid for
 
     @property
     def solver_tol(self) -> float:

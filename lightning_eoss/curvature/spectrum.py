@@ -94,7 +94,7 @@ def measure_spectra(
     checks.settings(full_batch_samples=full_batch_samples, seed=seed)
     check_spectrum(steps, num_probes, augmented_passes)
     with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
-        plan = Plan(batch_size, full_batch_samples=full_batch_samples, seed=seed)
+        plan = Plan(batch_size, full_batch_samples=full_batch_samples, seed=seed, memory_bytes=objective.cache.limit)
         curvature = curvature_of(operator, outputs_fn, objective, batch_size)
         given: dict[str, Any] = {"steps": steps, "num_probes": num_probes, "augmented_passes": augmented_passes}
         return spectra(objective, plan, findings, curvature=curvature, **given)

@@ -81,6 +81,8 @@ COST_SECONDS = "cost/seconds"
 COST_HVPS = "cost/hvps"
 COST_RESIDUAL = "cost/residual"
 COST_AUDIT = "cost/audit"
+COST_MEMORY = "cost/memory"
+COST_SAMPLES = "cost/full_batch_samples"
 
 #: Estimates, logged together with the two ends of their interval.
 WITH_INTERVAL = (
@@ -172,6 +174,8 @@ DESCRIPTIONS: dict[str, str] = {
     COST_HVPS: "Hessian-vector products of one measurement, counted in batches of training's size",
     COST_RESIDUAL: "relative residual of the eigenvalues, the largest",
     COST_AUDIT: "what solving again from a random start added, relative",
+    COST_MEMORY: "MiB that one measurement took at its peak, beyond what was taken before",
+    COST_SAMPLES: "samples that FullBS was measured on: under a share of wall time a fixed random part, which doubles",
 }
 
 
@@ -198,6 +202,11 @@ class _Chart(NamedTuple):
     reading: str  # how to read it, in one line
     tags: tuple[str, ...]
     smoothed: bool = False
+
+
+def _lines(title: str, reading: str, *tags: str) -> _Chart:
+    """A multi-line chart."""
+    return _Chart(title, reading, tags, smoothed=True)
 
 
 #: The page, by category; those of `SHARPNESS` are shown wherever the sharpness is, the others where they have curves.
@@ -240,7 +249,7 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
             "what the steps really take, and what the rule suggests; they differ under `dry_run` alone",
             (LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED),
         ),
-        _Chart("Its scale", "the factor to the schedule's own rate", (LEARNING_RATE_SCALE,), smoothed=True),
+        _lines("Its scale", "the factor to the schedule's own rate", LEARNING_RATE_SCALE),
     ),
     "Learned rates": (
         _Chart(
@@ -248,13 +257,8 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
             "what the spectrum says, and what the steps take",
             (LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED),
         ),
-        _Chart("Learned momentum", "the wider the spectrum, the more", (LEARNING_RATE_MOMENTUM,), smoothed=True),
-        _Chart(
-            "Curvature that they go by",
-            "the two ends of the spectrum, the bulk left out",
-            (LEARNING_RATE_LARGEST, LEARNING_RATE_SMALLEST),
-            smoothed=True,
-        ),
+        _lines("Learned momentum", "the wider the spectrum, the more", LEARNING_RATE_MOMENTUM),
+        _lines("Curvature that they go by", "both ends of the spectrum", LEARNING_RATE_LARGEST, LEARNING_RATE_SMALLEST),
     ),
     "Spectrum": (
         _Chart(
@@ -291,13 +295,13 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
         ),
     ),
     "Weights": (
-        _Chart("Distance from the start", "like log t, if Hoffer et al. are right", (WEIGHTS_DISTANCE,), smoothed=True),
-        _Chart("Angle between displacements", "90 degrees: a random walk", (WEIGHTS_ANGLE,), smoothed=True),
-        _Chart(
+        _lines("Distance from the start", "like log t, if Hoffer et al. are right", WEIGHTS_DISTANCE),
+        _lines("Angle between displacements", "90 degrees: a random walk", WEIGHTS_ANGLE),
+        _lines(
             "Which law the distance follows",
             "share of its variance that each explains",
-            (WEIGHTS_LOG_R2, WEIGHTS_POWER_R2),
-            smoothed=True,
+            WEIGHTS_LOG_R2,
+            WEIGHTS_POWER_R2,
         ),
     ),
     "Predictions": (
@@ -314,15 +318,12 @@ _CATEGORIES: dict[str, tuple[_Chart, ...]] = {
         ),
     ),
     "Cost": (
-        _Chart("Share of wall time", "what watching costs, since training began", (COST_SHARE,), smoothed=True),
-        _Chart("Seconds per measurement", "the same, one measurement at a time", (COST_SECONDS,), smoothed=True),
-        _Chart("Products per measurement", "the same, whatever the machine", (COST_HVPS,), smoothed=True),
-        _Chart(
-            "Error of the solver",
-            "relative, to be compared with `rel_error`",
-            (COST_RESIDUAL, COST_AUDIT),
-            smoothed=True,
-        ),
+        _lines("Share of wall time", "what watching costs, since training began", COST_SHARE),
+        _lines("Seconds per measurement", "the same, one measurement at a time", COST_SECONDS),
+        _lines("Products per measurement", "the same, whatever the machine", COST_HVPS),
+        _lines("Samples of FullBS", "FullBS jumps where they do: the fewer, the higher", COST_SAMPLES),
+        _lines("Memory per measurement", "MiB, beyond what training takes", COST_MEMORY),
+        _lines("Error of the solver", "relative, to be compared with `rel_error`", COST_RESIDUAL, COST_AUDIT),
     ),
 }
 SHARPNESS = frozenset({"Am I at the edge?", "Sharpness", "Batch noise", "Cost"})

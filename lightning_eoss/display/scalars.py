@@ -29,6 +29,8 @@ def scalars(
         tags.COST_HVPS: measurement.hvps,
         tags.COST_RESIDUAL: measurement.residual,
         tags.COST_AUDIT: measurement.audit,
+        tags.COST_MEMORY: measurement.memory,
+        tags.COST_SAMPLES: measurement.num_samples or math.nan,
     }
     if measurement.mini_batch.values:
         values[tags.BATCH_SIZE] = measurement.batch_size

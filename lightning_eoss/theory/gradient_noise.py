@@ -87,11 +87,7 @@ def batch_gradient_variance(gradients: ArrayLike, batch_size: int, linear_map: A
 
 
 def batch_gradient_covariance(
-    gradients: ArrayLike,
-    batch_size: int,
-    *,
-    sampling: Sampling = "without_replacement",
-    same_batch: bool = True,
+    gradients: ArrayLike, batch_size: int, *, sampling: Sampling = "without_replacement", same_batch: bool = True
 ) -> Array:
     r"""Covariance of a mini-batch gradient, or between those of two batches, given the weights.
 

@@ -444,7 +444,7 @@ class Decaying(Regressor):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
 
 
-CLOCK = ("cost/seconds", "cost/share")
+CLOCK = ("cost/seconds", "cost/share", "cost/memory")  # the machine's, too
 
 
 def stream(watch: SharpnessMonitor) -> list[dict[str, float]]:
