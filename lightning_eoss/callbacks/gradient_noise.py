@@ -6,25 +6,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.gradient_noise import GradientNoise, gradient_noise
 from lightning_eoss.curvature.objective import Objective, derived_seed
-from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.preflight import preflight
 from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.gradient_noise import noise_scalars, write_noise
-from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.probe import check_chosen_batch_size, refuse, refuse_frozen, steps_now
-from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import UNPAID, Watch, now
+from lightning_eoss.training.monitor import Monitor
+from lightning_eoss.training.plan import full_samples, pass_seconds
+from lightning_eoss.training.probe import check_chosen_batch_size
+from lightning_eoss.training.watch import now
 
 _PASSES = 60  # over the full batch, products or what takes as long, of one measurement
 
 
-class GradientNoiseMonitor(Callback):
+class GradientNoiseMonitor(Monitor):
     r"""Shows, while a model trains, the variance of the mini-batch gradient, the law that it follows, and its scale.
 
     Not one bit of training is changed. Scalars (`gradient_noise/...`) go to every logger: tr C, the variance of a
@@ -39,7 +38,8 @@ class GradientNoiseMonitor(Callback):
 
     Args:
         every_n_train_steps: Measure before every n-th optimizer step.
-        overhead: Measure as often as this share of the wall time allows. At most one of the two; neither means 0.05.
+        overhead: Measure as often as this share of the wall time allows, shared by all monitors of the Trainer that go
+            by one. At most one of the two; neither means 0.05.
         max_seconds: Upper limit of one measurement: the full batch is cut to a subset that fits, and so is the number
             of batches, once and said.
         num_batches: Random batches that the variance is measured over.
@@ -63,7 +63,6 @@ class GradientNoiseMonitor(Callback):
     Kaplan, Amodei et al., "An empirical model of large-batch training", 2018.
     """
 
-    shares_batches = True
     dashboard_categories = frozenset({tags.GRADIENT_NOISE})  # what it shows on the dashboard
 
     def __init__(
@@ -79,84 +78,19 @@ class GradientNoiseMonitor(Callback):
         num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
-        checks.settings(
-            num_batches=num_batches,
-            full_batch_samples=full_batch_samples,
-            seed=seed,
-            batch_size=batch_size,
-            loss_fn=loss_fn,
-        )
-        check_schedule(every_n_train_steps, overhead, max_seconds)
         checks.whole("num_batches", num_batches, 2, "must be at least 2: one batch has no variance.")
+        given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
+        super().__init__(("noise",), *given, num_samples=num_samples, page=tags.write_page)
         self.num_batches = num_batches
-        self.batch_size = batch_size
-        self.full_batch_samples = full_batch_samples
-        self.max_seconds = max_seconds
-        self.seed = seed
-        share = 0.05 if every_n_train_steps is None and overhead is None else overhead
-        self._agenda = Agenda(("noise",), every_n_train_steps, share)
-        self._watch = Watch(
-            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples),
-            page=tags.write_page,
-            shares=True,
-        )
-        self._findings: Findings | None = None
-        self._plan: Plan | None = None
         self.last: GradientNoise | None = None  # what was measured last
 
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
-        return self._watch.history
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
-        if stage == "fit":
-            self._watch.count_twins(trainer, self)
-            refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
-            self._findings = self._plan = self._watch.data = self.last = None
-            self._agenda.forget()
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock."""
-        refuse_frozen(pl_module, type(self).__name__)
-        self._watch.begin()
-        self._agenda.begin()
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says so where the schedule came to nothing."""
-        if self._plan is not None and self.last is None:
-            self._watch.say(UNPAID)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measures before the step, where it is time."""
-        try:
-            if steps_now(trainer) and self._due(trainer) and self._watch.rested():  # now all of the step is known
-                self._look(trainer, pl_module, batch_idx)
-        finally:
-            self._watch.release(trainer, self)
-
-    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
-        """Measures, and keeps account of the time."""
-        arrived = now(pl_module)  # what the device is still doing is training's
-        try:
-            with self._watch.forgiving(first=self._plan is None):
-                self._watch.sparing(lambda: self._measure(trainer, pl_module, batch_idx))
-        finally:
-            self._agenda.tried(trainer.global_step)
-            self._watch.spent += now(pl_module) - arrived
-
-    def _due(self, trainer: Any) -> bool:
-        """Whether it is time."""
-        return bool(self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed))
-
-    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
         """Measures and shows it."""
         stream = trainer.global_step
         with self._watch.objective(trainer, pl_module, batch_idx) as (objective, _):
             if self._plan is None:
                 self._prepare(trainer, objective)
-                if self._plan is None or not self._due(trainer):
+                if self._plan is None or not self._due_now(trainer, now(pl_module) - arrived):
                     return
             assert self._findings is not None
             size, parts = self._watch.step_size(trainer, self.batch_size)
@@ -169,6 +103,7 @@ class GradientNoiseMonitor(Callback):
                 stream=stream,
             )
         self._agenda.charge("noise", self.last.seconds)
+        self._shown = True
         self._watch.publish(trainer, self, noise_scalars(self.last), partial(write_noise, noise=self.last))
 
     def _prepare(self, trainer: Any, objective: Objective) -> None:
@@ -189,26 +124,22 @@ class GradientNoiseMonitor(Callback):
                 "class weights, fewer than three samples), so single samples have no gradients: the variance of the "
                 "batch gradient is measured and not predicted, and there are no noise scales."
             )
-        affordable = int(self.max_seconds / 4 / findings.seconds)
-        count = max(2, min(self.num_batches, affordable))
-        full = min(data.batches_of(self.full_batch_samples) or data.source.num_samples, data.source.num_samples)
-        sample_seconds = _PASSES * findings.seconds / (size * parts)  # for each sample of the full batch
-        kept = max(size * parts, min(full, int(0.75 * self.max_seconds / sample_seconds)))
+        full_batch_samples = data.batches_of(self.full_batch_samples)
+        plan = Plan(
+            size, parts, full_batch_samples=full_batch_samples, seed=self.seed, memory_bytes=objective.cache.limit
+        )
+        # At four other batch sizes there are as many samples to load, or once more those of the full batch.
+        batch_seconds = findings.seconds + 3 * size * parts * findings.loading
+        count = max(2, min(self.num_batches, round(self.max_seconds / 4 / batch_seconds)))
+        full = full_samples(plan, data.source.num_samples)
+        dear = pass_seconds(plan, findings, full, _PASSES) + 2 * full * findings.loading
+        kept = max(size * parts, round(full * min(1.0, 0.75 * self.max_seconds / dear)))
         self._findings = findings
-        self._plan = Plan(size, parts, num_batches=count, full_batch_samples=kept, seed=self.seed)
-        seconds = kept * sample_seconds + count * findings.seconds
+        self._plan = replace(plan, num_batches=count, full_batch_samples=kept)
+        seconds = dear * kept / full + count * batch_seconds
         self._agenda.expect({"noise": seconds})
         what = f"gradient noise of {kept:,} of {data.source.num_samples:,} samples and of {count} batches"
         notes = [f"{what} of {size * parts}", f"about {seconds:.2g} s"]
         if data.sampler is not None:
             notes.append("the sampler is not uniform, the batches are")
         self._watch.announce(notes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history and what measurements cost."""
-        return {"history": self.history, "ledgers": self._agenda.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the saved monitor stood."""
-        self._watch.history = list(state_dict["history"])
-        self._agenda.load_state_dict(state_dict["ledgers"])

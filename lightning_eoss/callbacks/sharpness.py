@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss import checks
@@ -28,23 +27,20 @@ from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
-from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.plan import FIRST_BATCHES, foreseen, predictable
+from lightning_eoss.training.monitor import Monitor
+from lightning_eoss.training.plan import foreseen, look_of, predictable, settle
 from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
     check_chosen_batch_size,
     limits_to_come,
-    refuse,
-    refuse_frozen,
     sampler_batches,
     scaling_of,
     sees_batches,
     steps_now,
     trains_nothing,
 )
-from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import UNPAID, Watch, now
+from lightning_eoss.training.watch import now
 from lightning_eoss.training.window import Window
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
@@ -64,7 +60,7 @@ class _Seen:
     in_limits: bool  # whether all is in units of the limits
 
 
-class SharpnessMonitor(Callback):
+class SharpnessMonitor(Monitor):
     r"""Shows, while a model trains, where it stands against the edge of stability, with error bars.
 
     Not one bit of training is changed. Measures in `on_train_batch_start`, at the weights and the learning rate of the
@@ -77,9 +73,11 @@ class SharpnessMonitor(Callback):
 
     Args:
         every_n_train_steps: Measure everything before every n-th optimizer step.
-        overhead: Measure as often as this share of the wall time allows; cheap quantities come more often than dear
-            ones. At most one of the two; neither means 0.05.
-        max_seconds: Upper limit of one measurement: a plan that would take longer is cut, once and said.
+        overhead: Measure as often as this share of the wall time allows, shared by all monitors of the Trainer that go
+            by one: MiniBS first, cheap quantities more often than dear ones, with more mini-batches and samples of the
+            full batch as time is paid for. At most one of the two; neither means 0.05.
+        max_seconds: Upper limit of one measurement, loading included: a plan that would take longer is cut, once and
+            said.
         rel_error: Mini-batches are drawn until the interval of MiniBS is within this, relative.
         num_batches: Upper limit of mini-batches.
         batch_size: The b of MiniBS(b); None: training's, accumulation included.
@@ -116,8 +114,6 @@ class SharpnessMonitor(Callback):
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*.
     """
 
-    shares_batches = True
-
     def __init__(
         self,
         every_n_train_steps: int | None = None,
@@ -138,29 +134,20 @@ class SharpnessMonitor(Callback):
         outputs_fn: OutputsFn | None = None,
         raw: bool = False,
     ) -> None:
-        checks.settings(
-            rel_error=rel_error,
-            num_batches=num_batches,
-            full_batch_samples=full_batch_samples,
-            seed=seed,
-            batch_size=batch_size,
-            loss_fn=loss_fn,
-        )
-        check_schedule(every_n_train_steps, overhead, max_seconds)
+        checks.settings(rel_error=rel_error, num_batches=num_batches)
         check_operator(operator, outputs_fn)
         words = "use 'parameters' (autocast off) or 'as_trained'."
         checks.one_of("precision", precision, ("parameters", "as_trained"), words)
-        self.every_n_train_steps = None if every_n_train_steps is None else int(every_n_train_steps)
-        self.overhead = 0.05 if every_n_train_steps is None and overhead is None else overhead
-        self.max_seconds = max_seconds
+        given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
+        super().__init__(
+            *(QUANTITIES if predictions else QUANTITIES[:-1], *given),
+            num_samples=num_samples,
+            page=tags.write_page,
+            as_trained=precision == "as_trained",
+            seldom=PREDICTION_EVERY,
+        )
         self.rel_error = rel_error
         self.num_batches = int(num_batches)
-        self.batch_size = None if batch_size is None else int(batch_size)
-        self.full_batch_samples = full_batch_samples
-        self.loss_fn = loss_fn
-        self.dataloader = dataloader
-        self.num_samples = num_samples
-        self.seed = int(seed)
         self.precision = precision
         self.save_warm_start = save_warm_start
         self.predictions = predictions
@@ -169,31 +156,15 @@ class SharpnessMonitor(Callback):
         self.raw = raw
         self.latest: Reading | None = None  # the last measurement, for whoever steers by it
 
-        trained = precision == "as_trained"
-        self._watch = Watch(
-            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples, trained, tags.write_page),
-            shares=True,
-        )
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
         self._warm = dict.fromkeys((False, True), WarmStart())  # of measurements in plain coordinates and in limits
         self._points: deque[Estimate] = deque(maxlen=5)  # directional edge ratios, for the phase
-        self._agenda = Agenda(
-            QUANTITIES if predictions else QUANTITIES[:-1], every_n_train_steps, self.overhead, PREDICTION_EVERY
-        )
-        self._findings: Findings | None = None
         # What follows is of one fit.
-        self._plan: Plan | None = None
         self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
         self._put_off: frozenset[str] = frozenset()  # until an adaptive optimizer has taken its first step
         self._window = Window()
-        self._shown = False  # whether anything has been measured
         self._momentum = False  # whether small batches have a lower line
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
-        return self._watch.history
 
     @property
     def dashboard_categories(self) -> frozenset[str]:
@@ -205,28 +176,15 @@ class SharpnessMonitor(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be monitored, and forgets an earlier fit's plan; a checkpoint is loaded later."""
-        if stage != "fit":
-            return
-        refuse(trainer, pl_module, type(self).__name__, loss_fn=self.loss_fn)
-        self._watch.count_twins(trainer, self)
-        self._findings = self._plan = self._watch.data = None
-        self._agenda.forget()
-        self._momentum = False
-        self.latest = None
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._momentum = False
+            self.latest = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
-        refuse_frozen(pl_module, type(self).__name__)
-        self._watch.begin()
-        self._agenda.begin()
-        self._window = Window()
-        self._shown = False
-        self._put_off = frozenset()
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says so where the schedule came to nothing."""
-        if self._plan is not None and not self._shown:
-            self._watch.say(UNPAID)
+        super().on_fit_start(trainer, pl_module)
+        self._window, self._put_off = Window(), frozenset()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
@@ -246,11 +204,11 @@ class SharpnessMonitor(Callback):
                     self._measure(trainer, pl_module, batch_idx, arrived)
         finally:
             self._watch.release(trainer, self)
-            self._watch.spent += (now(pl_module) if self._due else time.perf_counter()) - arrived
+            self._agenda.spent += (now(pl_module) if self._due else time.perf_counter()) - arrived
 
-    def _due_now(self, trainer: Any) -> frozenset[str]:
-        """The quantities whose time has come."""
-        due = self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed)
+    def _due_now(self, trainer: Any, begun: float = 0.0) -> frozenset[str]:
+        """Those whose time has come, and those that were put off."""
+        due = super()._due_now(trainer, begun)
         return due if self.every_n_train_steps is None else due | (self._put_off & self._agenda.ledgers.keys())
 
     # ---- what --------------------------------------------------------------------------------------------------------
@@ -260,7 +218,7 @@ class SharpnessMonitor(Callback):
         window, seen = self._window.close(), None
         try:
             with self._watch.forgiving(first=self._plan is None):
-                seen = self._watch.sparing(lambda: self._look(trainer, pl_module, window, batch_idx))
+                seen = self._watch.sparing(lambda: self._look(trainer, pl_module, window, batch_idx, arrived))
         finally:
             self._agenda.tried(trainer.global_step)
             self._put_off = frozenset()
@@ -270,11 +228,11 @@ class SharpnessMonitor(Callback):
         self._charge(seen, seconds)
         for note in notes(seen.measurement, seen.limits, in_limits=seen.in_limits):
             self._watch.say(note)
-        share = (self._watch.spent + seconds) / self._watch.elapsed
+        share = (self._agenda.total + seconds) / self._watch.elapsed
         self.latest = reading(seen.measurement, seen.limits, in_limits=seen.in_limits, step=trainer.global_step)
         self._show(trainer, seen, self._values(seen, share=share))
 
-    def _look(self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int) -> _Seen | None:
+    def _look(self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int, arrived: float) -> _Seen | None:
         """A measurement of the module as it is."""
         step = trainer.global_step
         with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
@@ -288,14 +246,13 @@ class SharpnessMonitor(Callback):
             if self._plan is None:
                 # In units of the limits there is no curve for the current batch.
                 self._prepare(trainer, objective, current=(scaling is None or self.raw) and sees_batches(pl_module))
-                self._due = self._due_now(trainer)
+                self._due = self._due_now(trainer, time.perf_counter() - arrived)
             if self._plan is None or not self._due:
                 return None
             assert self._findings is not None
-            parts = self._watch.step_size(trainer, self.batch_size)[1]
-            plan = self._watch.within(replace(self._plan, parts=parts), self._findings, objective)
-            if self.overhead is not None and not self._agenda.ledgers["mini"].count:
-                plan = replace(plan, num_batches=min(plan.num_batches, FIRST_BATCHES))
+            self._plan = replace(self._plan, parts=self._watch.step_size(trainer, self.batch_size)[1])
+            plan = look_of(self._plan, self._findings, objective.source.num_samples, self._agenda)
+            plan = self._watch.within(plan, self._findings, objective)
             curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
 
             def look(current: Batch | None, scaling: Scaling | None) -> SharpnessMeasurement:
@@ -366,13 +323,12 @@ class SharpnessMonitor(Callback):
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
         self._findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
-        full = data.batches_of(self.full_batch_samples)
+        full, memory = data.batches_of(self.full_batch_samples), objective.cache.limit
         prospect = foreseen(
-            Plan(batch_size, parts, self.rel_error, self.num_batches, full, self.seed),
+            Plan(batch_size, parts, self.rel_error, self.num_batches, full, self.seed, None, memory),
             self._findings,
             self._agenda,
-            num_samples=data.source.num_samples,
-            num_parameters=objective.num_parameters,
+            objective,
             max_seconds=self.max_seconds,
             uniform=data.sampler is None,
             current=current,
@@ -388,18 +344,13 @@ class SharpnessMonitor(Callback):
         self._watch.announce(prospect.notes)
 
     def _charge(self, seen: _Seen, seconds: float) -> None:
-        """Shares the seconds out: to FullBS by its products, among the others as they were expected."""
-        measurement = seen.measurement
+        """Enters what it has cost."""
+        assert self._plan is not None and self._findings is not None and self._watch.data is not None
         if seen.prediction is not None:
             self._agenda.charge("prediction", seen.prediction.seconds)
             seconds -= seen.prediction.seconds
-        full = measurement.full_passes * measurement.num_samples / measurement.batch_size
-        full_share = full / measurement.hvps if measurement.hvps else 0.0
-        cheap = {quantity: self._agenda.ledgers[quantity].cost for quantity in self._due & {"current", "mini"}}
-        for quantity, cost in cheap.items():
-            self._agenda.charge(quantity, seconds * (1 - full_share) * cost / max(sum(cheap.values()), 1e-30))
-        if "full" in self._due:
-            self._agenda.charge("full", seconds * full_share)
+        count = self._watch.data.source.num_samples
+        settle(self._plan, self._findings, self._agenda, seen.measurement, count, self._due, seconds)
 
     # ---- where -------------------------------------------------------------------------------------------------------
 
@@ -446,17 +397,15 @@ class SharpnessMonitor(Callback):
         largest = max(0 if warm.top is None else warm.top.numel() for warm in self._warm.values())
         save = largest < SMALL_MODEL if self.save_warm_start is None else self.save_warm_start
         return {
-            "history": self.history,
+            **super().state_dict(),
             "points": [(point.mean, point.stderr, point.lower, point.upper) for point in self._points],
-            "ledgers": self._agenda.state_dict(),
             "findings": None if self._findings is None else asdict(self._findings),
             "warm_start": {which: dict(vars(warm)) for which, warm in self._warm.items()} if save else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved monitor stood."""
-        self._watch.history = list(state_dict["history"])
+        super().load_state_dict(state_dict)
         self._points = deque((Estimate(*point) for point in state_dict["points"]), maxlen=5)
-        self._agenda.load_state_dict(state_dict["ledgers"])
         self._findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
         self._warm |= {which: WarmStart(**fields) for which, fields in state_dict["warm_start"].items()}

@@ -5,24 +5,22 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
 from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.preflight import preflight
 from lightning_eoss.curvature.solver import Plan
 from lightning_eoss.curvature.spectrum import Spectra, check_spectrum, spectra
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.spectrum import spectrum_scalars, write_spectrum
-from lightning_eoss.training.agenda import Agenda
-from lightning_eoss.training.probe import refuse, refuse_frozen, steps_now
-from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import UNPAID, Watch, now
+from lightning_eoss.training.monitor import Monitor
+from lightning_eoss.training.plan import VARIANCE_SAMPLES, full_samples, pass_seconds
+from lightning_eoss.training.watch import now
 
 
-class SpectralDensityMonitor(Callback):
+class SpectralDensityMonitor(Monitor):
     r"""Shows, while a model trains, the spectral density of the full batch's Hessian and that of one batch's.
 
     Not one bit of training is changed. Scalars (`spectrum/...`: rank, share of zeros, negative mass, trace, the largest
@@ -32,7 +30,8 @@ class SpectralDensityMonitor(Callback):
 
     Args:
         every_n_train_steps: Measure before every n-th optimizer step.
-        overhead: Measure as often as this share of the wall time allows. At most one of the two; neither means 0.05.
+        overhead: Measure as often as this share of the wall time allows, shared by all monitors of the Trainer that go
+            by one. At most one of the two; neither means 0.05.
         max_seconds: Upper limit of one measurement: the full batch is cut to a subset that fits, once and said.
         steps: Nodes of each probe's quadrature.
         num_probes: Random probes; one gives no intervals.
@@ -58,7 +57,6 @@ class SpectralDensityMonitor(Callback):
     Source: Granziol, Zohren and Roberts, sections 7 and 12, appendices D and E.
     """
 
-    shares_batches = True
     dashboard_categories = frozenset({tags.SPECTRUM_SHAPE})  # what it shows on the dashboard
 
     def __init__(
@@ -79,89 +77,25 @@ class SpectralDensityMonitor(Callback):
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
     ) -> None:
-        checks.settings(
-            full_batch_samples=full_batch_samples,
-            seed=seed,
-            batch_size=batch_size,
-            loss_fn=loss_fn,
-        )
-        check_schedule(every_n_train_steps, overhead, max_seconds)
+        given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
+        super().__init__(("density",), *given, num_samples=num_samples, page=tags.write_page)
         check_spectrum(steps, num_probes, augmented_passes)
         check_operator(operator, outputs_fn)
         checks.one_of("mode", mode, ("as_trained", "eval"), "use 'as_trained' or 'eval'.")
         self.steps = steps
         self.num_probes = num_probes
         self.augmented_passes = augmented_passes
-        self.batch_size = batch_size
-        self.full_batch_samples = full_batch_samples
         self.mode = mode
-        self.max_seconds = max_seconds
-        self.seed = seed
         self.operator = operator
         self.outputs_fn = outputs_fn
-        share = 0.05 if every_n_train_steps is None and overhead is None else overhead
-        self._agenda = Agenda(("density",), every_n_train_steps, share)
-        self._watch = Watch(
-            *(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples),
-            page=tags.write_page,
-            shares=True,
-        )
-        self._findings: Findings | None = None
-        self._plan: Plan | None = None
         self.last: Spectra | None = None  # what was measured last
 
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """The scalars of every measurement, oldest first, each with its `step`; thinned above 10,000."""
-        return self._watch.history
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuses what cannot be monitored, and forgets an earlier fit's plan."""
-        if stage == "fit":
-            self._watch.count_twins(trainer, self)
-            refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
-            self._findings = self._plan = self._watch.data = None
-            self._agenda.forget()
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock."""
-        refuse_frozen(pl_module, type(self).__name__)
-        self._watch.begin()
-        self._agenda.begin()
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says so where the schedule came to nothing."""
-        if self._plan is not None and self.last is None:
-            self._watch.say(UNPAID)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measures before the step, where it is time."""
-        try:
-            if steps_now(trainer) and self._due(trainer) and self._watch.rested():  # now all of the step is known
-                self._look(trainer, pl_module, batch_idx)
-        finally:
-            self._watch.release(trainer, self)
-
-    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
-        """Measures, and keeps account of the time."""
-        arrived = now(pl_module)  # what the device is still doing is training's
-        try:
-            with self._watch.forgiving(first=self._plan is None):
-                self._watch.sparing(lambda: self._measure(trainer, pl_module, batch_idx))
-        finally:
-            self._agenda.tried(trainer.global_step)
-            self._watch.spent += now(pl_module) - arrived
-
-    def _due(self, trainer: Any) -> bool:
-        """Whether it is time."""
-        return bool(self._agenda.due(trainer.global_step, self._watch.spent, self._watch.elapsed))
-
-    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
         """Measures and shows it."""
         with self._watch.objective(trainer, pl_module, batch_idx, evaluating=self.mode == "eval") as (objective, _):
             if self._plan is None:
                 self._prepare(trainer, objective)
-                if self._plan is None or not self._due(trainer):
+                if self._plan is None or not self._due_now(trainer, now(pl_module) - arrived):
                     return
             assert self._findings is not None and self._watch.data is not None
             size, parts = self._watch.step_size(trainer, self.batch_size)
@@ -177,6 +111,7 @@ class SpectralDensityMonitor(Callback):
                 curvature=curvature_of(self.operator, self.outputs_fn, objective, size),
             )
         self._agenda.charge("density", self.last.seconds)
+        self._shown = True
         self._watch.publish(trainer, self, spectrum_scalars(self.last), partial(write_spectrum, spectra=self.last))
 
     def _prepare(self, trainer: Any, objective: Objective) -> None:
@@ -190,24 +125,20 @@ class SpectralDensityMonitor(Callback):
             self._watch.say(warning)
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
-        passes = self.steps * self.num_probes * self.augmented_passes
-        full = min(data.batches_of(self.full_batch_samples) or data.source.num_samples, data.source.num_samples)
-        pass_seconds = passes * findings.seconds / (size * parts)  # for each sample of the full batch
-        kept = max(size * parts, min(full, int(self.max_seconds / pass_seconds)))
+        full_batch_samples = data.batches_of(self.full_batch_samples)
+        plan = Plan(
+            size, parts, full_batch_samples=full_batch_samples, seed=self.seed, memory_bytes=objective.cache.limit
+        )
+        full, passes = full_samples(plan, data.source.num_samples), self.steps * self.num_probes
+        dear = pass_seconds(plan, findings, full * self.augmented_passes, passes)
+        others = (size * parts + VARIANCE_SAMPLES) * findings.loading
+        kept = max(size * parts, round(full * min(1.0, max(0.0, self.max_seconds - others) / dear)))
+        seconds, passes = dear * kept / full + others, passes * self.augmented_passes
         self._findings = findings
-        self._plan = Plan(size, parts, full_batch_samples=kept, seed=self.seed)
-        self._agenda.expect({"density": kept * pass_seconds})
+        self._plan = replace(plan, full_batch_samples=kept)
+        self._agenda.expect({"density": seconds})
         what = f"spectral densities of {kept:,} of {data.source.num_samples:,} samples and of a batch of {size * parts}"
-        notes = [what, f"{passes} passes, about {kept * pass_seconds:.2g} s"]
+        notes = [what, f"{passes} passes, about {seconds:.2g} s"]
         if data.sampler is not None:
             notes.append("the sampler is not uniform, the batch is")
         self._watch.announce(notes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history and what measurements cost."""
-        return {"history": self.history, "ledgers": self._agenda.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the saved monitor stood."""
-        self._watch.history = list(state_dict["history"])
-        self._agenda.load_state_dict(state_dict["ledgers"])

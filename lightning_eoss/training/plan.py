@@ -2,17 +2,23 @@
 
 from dataclasses import dataclass, replace
 
+from lightning_eoss.curvature.measure import SharpnessMeasurement
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import Plan
-from lightning_eoss.training.agenda import Agenda
+from lightning_eoss.training.agenda import WEIGHTS, Agenda
 
 COLD_PRODUCTS = 20  # of a value from scratch
-WARM_PRODUCTS = 6  # of a mini-batch, the directional one included
+WARM_PRODUCTS = 6  # of a mini-batch, the directional one included, and of the full batch
 USUAL_BATCHES = 40
-FIRST_BATCHES = 10  # under a share of wall time: better a wide interval soon than a narrow one late
+# Under a share of wall time: better a wide interval soon than a narrow one late. A look begins with so many
+# mini-batches, FullBS on so many steps' samples, and grows while it takes no more than this part of all earlier ones.
+FEWEST_BATCHES, FEWEST_STEPS = 5, 4
+GROWTH = {"mini": 1 / 10, "full": 1 / 4}
 PREDICTION_PASSES = 120  # with the full batch: outliers 40, bulk 72, tail 4
 GROUP_PRODUCTS = 11  # with each group of samples
 MIN_GROUPS, MAX_GROUPS = 16, 1024
+VARIANCE_SAMPLES = 160  # or groups of them, that are loaded for the variance of their Hessians
 SIMULATION_SECONDS = 1.0  # of batches made of that many groups, on a CPU
 
 
@@ -30,9 +36,8 @@ def foreseen(
     plan: Plan,
     findings: Findings,
     agenda: Agenda,
+    objective: Objective,
     *,
-    num_samples: int,
-    num_parameters: int,
     max_seconds: float,
     uniform: bool,
     current: bool,
@@ -43,8 +48,7 @@ def foreseen(
         plan: What was asked for.
         findings: What `preflight` found about the loss.
         agenda: Which quantities are wanted, and how often.
-        num_samples: Samples there are.
-        num_parameters: P.
+        objective: The loss, its parameters, its samples.
         max_seconds: Of one measurement.
         uniform: Whether training draws its batches uniformly.
         current: Whether the batch at hand can be measured.
@@ -52,8 +56,10 @@ def foreseen(
     Returns:
         The prospect.
     """
-    plan, costs, cut = affordable(plan, findings, num_samples, max_seconds)
-    warnings, notes = [cut] if cut else [], []
+    num_samples = objective.source.num_samples
+    plan, cut = affordable(plan, findings, num_samples, max_seconds)
+    look = look_of(plan, findings, num_samples, agenda)
+    costs, warnings, notes = expected(look, findings, num_samples), [cut] if cut else [], []
     if not current:
         costs.pop("current")
     if "prediction" in agenda.quantities and findings.reduction == "mean" and uniform:
@@ -67,66 +73,158 @@ def foreseen(
             "class weights, fewer than three samples), or the sampler is not uniform: nothing follows from the "
             "full batch for batches, so there are no predictions."
         )
-    schedule, first = f"every {agenda.every_n_steps} steps", costs.pop("first")
+    schedule = f"every {agenda.every_n_steps} steps"
     wanted = [quantity for quantity in agenda.quantities if quantity in costs]
     if agenda.share is not None:
-        often = len(wanted) * first / agenda.share
-        schedule = f"{100 * agenda.share:g} % of wall time, that is MiniBS every {often:.0f} s or so"
-        costs["mini"] = first
+        often = sum(WEIGHTS.get(quantity, 1.0) for quantity in wanted) / WEIGHTS["mini"] * costs["mini"] / agenda.share
+        schedule = (
+            f"{100 * agenda.share:g} % of wall time, that is MiniBS every {often:.0f} s or so, at first over "
+            f"{look.num_batches} mini-batches and FullBS on {look.first_samples:,} samples (`cost/full_batch_samples`)"
+        )
     if not uniform:
         notes.append(
             "the sampler is not uniform: MiniBS from a copy of it, FullBS uniform over the samples, no control variate"
         )
-    seconds = sum(costs[quantity] for quantity in wanted)
-    return Prospect(
-        plan, costs, warnings, described(plan, findings, num_samples, num_parameters, seconds, schedule) + notes
-    )
+    most = expected(plan, findings, num_samples)
+    seconds = sum(most.get(quantity, costs[quantity]) for quantity in wanted)
+    said = described(plan, findings, num_samples, objective.num_parameters, seconds, schedule)
+    return Prospect(plan, costs, warnings, said + notes)
 
 
-def affordable(
-    plan: Plan, findings: Findings, num_samples: int, max_seconds: float
-) -> tuple[Plan, dict[str, float], str]:
-    """Cuts a plan to what `max_seconds` allow, half for FullBS and half for the mini-batches.
+def pass_seconds(plan: Plan, findings: Findings, samples: float, passes: float) -> float:
+    """Seconds of products with so many samples, loaded once while they fit the memory, and beyond it for each product.
+
+    Args:
+        plan: The memory, and the samples of a batch.
+        findings: The time of a product of a batch, and what loading a sample takes.
+        samples: Samples.
+        passes: Products with all of them.
+
+    Returns:
+        Seconds, convex in the samples: a part of them takes no more than that part of the time.
+    """
+    beyond = max(0.0, samples - plan.memory_bytes / max(findings.sample_bytes, 1.0))
+    loads = samples + beyond * (passes - 1)
+    return passes * samples / plan.step_size * findings.seconds + loads * findings.loading
+
+
+def mini_seconds(plan: Plan, findings: Findings, count: float) -> float:
+    """Seconds of so many mini-batches, which are new each time, and of two audits."""
+    return (WARM_PRODUCTS * count + 2 * COLD_PRODUCTS) * findings.seconds + count * plan.step_size * findings.loading
+
+
+def full_samples(plan: Plan, num_samples: int) -> int:
+    """Samples that FullBS is measured on."""
+    return min(plan.first_samples or num_samples, plan.full_batch_samples or num_samples, num_samples)
+
+
+def expected(plan: Plan, findings: Findings, num_samples: int, *, warm: bool = False) -> dict[str, float]:
+    """Seconds of each quantity, that of FullBS from scratch unless `warm`."""
+    passes = WARM_PRODUCTS if warm else COLD_PRODUCTS
+    return {
+        "current": WARM_PRODUCTS * findings.seconds,  # training has loaded it
+        "mini": mini_seconds(plan, findings, min(plan.num_batches, USUAL_BATCHES)),
+        "full": pass_seconds(plan, findings, full_samples(plan, num_samples), passes),
+    }
+
+
+def look_of(plan: Plan, findings: Findings, num_samples: int, agenda: Agenda) -> Plan:
+    """The plan of the next look: under a share of wall time cut to what has been paid for.
+
+    Args:
+        plan: What the looks grow to.
+        findings: The time of a product and of loading.
+        num_samples: Samples there are.
+        agenda: What was spent on each quantity.
+
+    Returns:
+        The plan. FullBS is on a part of its samples that doubles, within each larger one.
+    """
+    if agenda.share is None:
+        return plan
+    paid = {quantity: part * agenda.ledgers[quantity].spent for quantity, part in GROWTH.items()}
+    each = mini_seconds(plan, findings, 1) - mini_seconds(plan, findings, 0)
+    batches = int((paid["mini"] - mini_seconds(plan, findings, 0)) / each)
+    most = full_samples(plan, num_samples)
+    samples = FEWEST_STEPS * plan.step_size
+    while samples < most and pass_seconds(plan, findings, 2 * samples, WARM_PRODUCTS) <= paid["full"]:
+        samples *= 2
+    count = min(max(batches, FEWEST_BATCHES), plan.num_batches)
+    return replace(plan, num_batches=count, first_samples=min(samples, most))
+
+
+def settle(
+    plan: Plan,
+    findings: Findings,
+    agenda: Agenda,
+    measured: SharpnessMeasurement,
+    num_samples: int,
+    due: frozenset[str],
+    seconds: float,
+) -> None:
+    """Shares the seconds of a look out, and says what the next one is expected to take.
+
+    To FullBS by its products and its loading, among the others as they were expected.
+
+    Args:
+        plan: What looks grow to.
+        findings: The time of a product and of loading.
+        agenda: The monitor's.
+        measured: What the look gave.
+        num_samples: Samples there are.
+        due: What was looked at.
+        seconds: What it took.
+    """
+
+    def next_look() -> dict[str, float]:
+        warm = agenda.ledgers["full"].count > 0
+        return expected(look_of(plan, findings, num_samples, agenda), findings, num_samples, warm=warm)
+
+    before, passed = next_look(), measured.full_passes * measured.num_samples / measured.batch_size
+    full = passed * findings.seconds + measured.num_samples * findings.loading
+    others = len(measured.mini_batch.values) * measured.batch_size * findings.loading
+    others += (measured.hvps - passed) * findings.seconds
+    part = full / max(full + others, 1e-30)
+    cheap = {quantity: agenda.ledgers[quantity].cost for quantity in due & {"current", "mini"}}
+    for quantity, cost in cheap.items():
+        agenda.charge(quantity, seconds * (1 - part) * cost / max(sum(cheap.values()), 1e-30))
+    if "full" in due:
+        agenda.charge("full", seconds * part)
+    agenda.rescale(before, next_look())
+
+
+def affordable(plan: Plan, findings: Findings, num_samples: int, max_seconds: float) -> tuple[Plan, str]:
+    """Cuts a plan to what `max_seconds` allow, half for FullBS, half for the mini-batches, and what the other leaves.
 
     Args:
         plan: What was asked for.
-        findings: The time of a product.
+        findings: The time of a product and of loading.
         num_samples: Samples there are.
         max_seconds: Of one measurement.
 
     Returns:
-        The plan, the expected seconds of each quantity from scratch (`"first"`: of the first MiniBS), and what was cut
-        in words (empty if nothing).
+        The plan, and what was cut in words (empty if nothing).
     """
-    product = findings.seconds
-    full = min(plan.full_batch_samples or num_samples, num_samples)
+    full, half, cuts = full_samples(plan, num_samples), max_seconds / 2, []
     dear = {
-        "full": COLD_PRODUCTS * full / plan.step_size * product,
-        "mini": (WARM_PRODUCTS * plan.num_batches + 2 * COLD_PRODUCTS) * product,
+        "full": pass_seconds(plan, findings, full, COLD_PRODUCTS),
+        "mini": mini_seconds(plan, findings, plan.num_batches),
     }
-    cuts, half = [], max_seconds / 2
-    if dear["full"] > half:
-        kept = max(plan.batch_size, int(full * half / dear["full"]))
+    audits = mini_seconds(plan, findings, 0)
+    rooms = {"full": max(half, max_seconds - dear["mini"]), "mini": max(half, max_seconds - dear["full"])}
+    if dear["full"] > rooms["full"]:
+        kept = max(plan.batch_size, round(full * rooms["full"] / dear["full"]))
         cuts.append(f"FullBS is measured on {kept:,} instead of {full:,} samples")
         plan = replace(plan, full_batch_samples=kept)
-    if dear["mini"] > half:
-        kept = max(2, int((half / product - 2 * COLD_PRODUCTS) / WARM_PRODUCTS))
+    if dear["mini"] > rooms["mini"]:
+        kept = max(2, int((rooms["mini"] - audits) / (dear["mini"] - audits) * plan.num_batches))
         cuts.append(f"MiniBS over at most {kept} instead of {plan.num_batches} mini-batches")
         plan = replace(plan, num_batches=kept)
     message = (
-        f"a measurement would take an estimated {sum(dear.values()):.2g} s at {product:.2g} s a product, "
-        f"more than max_seconds={max_seconds:g}: "
-        f"{' and '.join(cuts)}."
+        f"a measurement would take an estimated {sum(dear.values()):.2g} s at {findings.seconds:.2g} s a product and "
+        f"{findings.loading:.2g} s to load a sample, more than max_seconds={max_seconds:g}: {' and '.join(cuts)}."
     )
-    usual = min(plan.num_batches, USUAL_BATCHES)
-    full = min(plan.full_batch_samples or num_samples, num_samples)
-    costs = {
-        "current": WARM_PRODUCTS * product,
-        "mini": (WARM_PRODUCTS * usual + 2 * COLD_PRODUCTS) * product,
-        "first": (WARM_PRODUCTS * min(plan.num_batches, FIRST_BATCHES) + 2 * COLD_PRODUCTS) * product,
-        "full": COLD_PRODUCTS * full / plan.step_size * product,
-    }
-    return plan, costs, message if cuts else ""
+    return plan, message if cuts else ""
 
 
 def described(
@@ -145,7 +243,7 @@ def described(
     Returns:
         Clauses without a full stop.
     """
-    full = min(plan.full_batch_samples or num_samples, num_samples)
+    full = full_samples(plan, num_samples)
     samples = "all" if full == num_samples else f"a fixed random subset of {full:,} of"
     parts = [
         f"MiniBS(b={plan.step_size}) over at most {plan.num_batches} mini-batches, "
@@ -172,13 +270,15 @@ def predictable(plan: Plan, findings: Findings, num_samples: int, max_seconds: f
     Returns:
         The plan with the full batch cut, samples of a group, number of groups, and the expected seconds.
     """
-    product, half = findings.seconds, max_seconds / 2
-    full = min(plan.full_batch_samples or num_samples, num_samples)
-    passes = PREDICTION_PASSES * product / plan.step_size  # seconds for each sample of the full batch
-    kept = max(min(full, int(half / passes)), min(full, 4 * plan.step_size))
+    product, half, plan = findings.seconds, max_seconds / 2, replace(plan, first_samples=None)
+    full = full_samples(plan, num_samples)
+    kept = round(full * min(1.0, half / pass_seconds(plan, findings, full, PREDICTION_PASSES)))
+    kept = max(kept, min(full, 4 * plan.step_size))
     size = 1 if findings.stacked else max(1, plan.step_size // 8)
-    group = GROUP_PRODUCTS * product * (size / plan.step_size if findings.stacked else 0.5)
-    groups = max(MIN_GROUPS, min(MAX_GROUPS, int(half / group)))
+    group = GROUP_PRODUCTS * product * (size / plan.step_size if findings.stacked else 0.5) + size * findings.loading
+    variance = VARIANCE_SAMPLES * size * findings.loading
+    groups = max(MIN_GROUPS, min(MAX_GROUPS, int((half - variance) / group)))
     groups = min(groups, num_samples // size)
-    seconds = passes * kept + group * groups + SIMULATION_SECONDS * groups / MAX_GROUPS
+    seconds = pass_seconds(plan, findings, kept, PREDICTION_PASSES) + variance
+    seconds += group * groups + SIMULATION_SECONDS * groups / MAX_GROUPS
     return replace(plan, full_batch_samples=kept), size, groups, seconds

@@ -1,11 +1,13 @@
 """When to measure: pure functions of a step number or of a clock.
 
-Under a share of wall time all quantities draw on one budget. Among them it is divided evenly, so cheap quantities come
-often and dear ones seldom; what one cannot use, because training steps are too far apart for it, the others get.
+Under a share of wall time all quantities draw on one budget. Among them it is divided by their weights, so cheap
+quantities come often and dear ones seldom; what one cannot use, because training steps are too far apart for it, the
+others get.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lightning_eoss import checks
 
@@ -16,6 +18,7 @@ class Ledger:
 
     cost: float = 0.0  # seconds that the next measurement is expected to take
     count: int = 0  # measurements so far
+    spent: float = 0.0  # seconds that they took
 
 
 def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_seconds: float) -> None:
@@ -59,8 +62,34 @@ def due_by_step(step: int, every_n_steps: int) -> bool:
     return step % every_n_steps == 0
 
 
+def claims(ledgers: Mapping[str, Ledger], weights: Mapping[str, float]) -> dict[str, float]:
+    """What each quantity will have been given by its next measurement, over its weight: the lowest goes first.
+
+    Reckoned at the present cost: the first measurement starts from nothing, and is not held against it.
+
+    Args:
+        ledgers: What each quantity costs.
+        weights: Its part of the budget, relative to others; 1 where nothing else is said.
+
+    Returns:
+        Seconds.
+
+    Example:
+        >>> claims({"cheap": Ledger(cost=1.0, count=1), "dear": Ledger(cost=3.0)}, {"dear": 2.0})
+        {'cheap': 2.0, 'dear': 1.5}
+    """
+    return {name: (each.count + 1) * each.cost / weights.get(name, 1.0) for name, each in ledgers.items()}
+
+
 def due_by_share(
-    ledgers: Mapping[str, Ledger], spent: float, elapsed: float, share: float, *, eager: float = 0.0
+    ledgers: Mapping[str, Ledger],
+    spent: float,
+    elapsed: float,
+    share: float,
+    *,
+    eager: float = 0.0,
+    weights: Mapping[str, float] = MappingProxyType({}),
+    others: Iterable[tuple[float, float]] = (),
 ) -> frozenset[str]:
     r"""The quantities that a share of the wall time pays for now.
 
@@ -71,9 +100,8 @@ def due_by_share(
     both sides as they will be when the measurement ends. Just after the n-th of equal measurements their share is then
     just below `share`, and just before the next one n / (n + 1) of it.
 
-    The quantity on which least is spent comes first, reckoned at its present cost: the first measurement starts from
-    nothing, and is not held against it. While that one cannot be paid, no cheaper one takes its turn. A quantity brings
-    along those before it in `ledgers`: differences (MiniBS - FullBS) need both at one step.
+    The quantity with the lowest of `claims` comes first. While that one cannot be paid, no cheaper one takes its turn.
+    A quantity brings along those before it in `ledgers`: differences (MiniBS - FullBS) need both at one step.
 
     Args:
         ledgers: What each quantity costs, in the order in which they bring one another along.
@@ -81,6 +109,8 @@ def due_by_share(
         elapsed: Seconds since fit began, measurements included.
         share: Of the wall time, for all of them.
         eager: Everything is due if all of it is expected to cost less than this, in seconds; for the first step.
+        weights: See `claims`.
+        others: Claims and costs of what draws on the same budget elsewhere, and is saved up for in its turn.
 
     Returns:
         What to measure now.
@@ -92,10 +122,11 @@ def due_by_share(
     """
     if sum(ledger.cost for ledger in ledgers.values()) < eager:
         return frozenset(ledgers)
-    names, due = list(ledgers), frozenset[str]()
-    for name in sorted(names, key=lambda each: (ledgers[each].count + 1) * ledgers[each].cost):
-        wanted = due.union(names[: names.index(name) + 1])
-        cost = sum(ledgers[each].cost for each in wanted)
+    names, due, kept = list(ledgers), frozenset[str](), 0.0
+    own = [(claim, 0.0, names.index(name) + 1) for name, claim in claims(ledgers, weights).items()]
+    for _, elsewhere, end in sorted([*own, *((claim, cost, 0) for claim, cost in others)], key=lambda each: each[0]):
+        wanted, kept = due.union(names[:end]), kept + elsewhere
+        cost = kept + sum(ledgers[each].cost for each in wanted)
         if spent + cost > share * (elapsed + cost):
             break
         due = wanted
@@ -115,7 +146,8 @@ def charged(ledger: Ledger, seconds: float) -> Ledger:
         The ledger after; the expected cost follows the newest measurements with a memory of about two.
 
     Example:
-        >>> charged(Ledger(cost=4.0, count=3), 2.0)
-        Ledger(cost=3.0, count=4)
+        >>> charged(Ledger(cost=4.0, count=3, spent=15.0), 2.0)
+        Ledger(cost=3.0, count=4, spent=17.0)
     """
-    return Ledger(seconds if ledger.count < 2 else (ledger.cost + seconds) / 2, ledger.count + 1)
+    cost = seconds if ledger.count < 2 else (ledger.cost + seconds) / 2
+    return Ledger(cost, ledger.count + 1, ledger.spent + seconds)

@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eoss.curvature.isolation import Isolation
+from lightning_eoss.curvature.memory import memory_budget
 from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective, num_samples_of
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.shortage import free, out_of_memory
@@ -53,9 +54,8 @@ class Watch:
     history: list[dict[str, float]] = field(default_factory=list)
     data: TrainingData | None = None
     began: float = field(default_factory=time.perf_counter)
-    spent: float = 0.0  # seconds in hooks since fit began
     shares: bool = False  # batches with other monitors of the step; then `release` has to be called
-    _memory: float = math.inf  # bytes, once they have run out
+    _memory: float = math.inf  # bytes that may be taken at once in this fit, less once they have run out
     _wanted: float = math.inf  # bytes that a plan would take
     _failures: int = 0  # in a row
     _rests: int = 0  # turns to be left out
@@ -69,7 +69,8 @@ class Watch:
 
     def begin(self) -> None:
         """Starts the clock of a fit."""
-        self.began, self.spent, self._drawn, self._failures, self._rests = time.perf_counter(), 0.0, set(), 0, 0
+        self.began, self._drawn, self._failures, self._rests = time.perf_counter(), set(), 0, 0
+        self._memory = math.inf
 
     @property
     def elapsed(self) -> float:
@@ -98,6 +99,8 @@ class Watch:
                 trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=self.as_trained
             )
 
+            if self._memory == math.inf:
+                self._memory = memory_budget(next(pl_module.parameters()).device)
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
             owned = [parameter for group in groups for parameter in group["params"]]
 
@@ -136,12 +139,12 @@ class Watch:
     def _cache(self, trainer: Any) -> BatchCache:
         """What other monitors of the Trainer have loaded for the same step from the same loader."""
         if not self.shares or self.data is None or self.data.loader is None or self.dataloader is not None:
-            return BatchCache()
+            return BatchCache(self._memory)
         step, caches = _SHARED.get(trainer, (-1, {}))
         if step != trainer.global_step:
             caches = {}
             _SHARED[trainer] = (trainer.global_step, caches)
-        return caches.setdefault(id(self.data.loader), BatchCache())
+        return caches.setdefault(id(self.data.loader), BatchCache(self._memory))
 
     def release(self, trainer: Any, monitor: Any) -> None:
         """Lets go of the batches that monitors share, once the last of them has had its turn.

@@ -56,7 +56,7 @@ def test_a_share_of_wall_time_changes_nothing_either(tmp_path: Path) -> None:
     watch = noise(every_n_train_steps=None, overhead=0.5)
     _, watched = run(batch_norm, tmp_path / "watched", watch, max_epochs=20)
     assert_same(watched, alone)
-    assert watch.history and watch._watch.spent <= 0.9 * watch._watch.elapsed
+    assert watch.history and watch._agenda.spent <= 0.9 * watch._watch.elapsed
 
 
 def test_the_numbers_are_those_of_dense_gradients(tmp_path: Path) -> None:

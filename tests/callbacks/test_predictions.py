@@ -111,7 +111,7 @@ def test_predictions_are_paid_for_from_the_same_budget(tmp_path: Path) -> None:
     watch = monitor(None, overhead=0.5, predictions=True)
     fit(tmp_path, Regressor(), loader(), watch, max_epochs=20)
     assert watch._agenda.ledgers["prediction"].count >= 1
-    assert watch._watch.spent <= 0.9 * watch._watch.elapsed
+    assert watch._agenda.spent <= 0.9 * watch._watch.elapsed
     assert tags.PREDICTION_SUBSPACE in points(tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_a_share_of_wall_time_pays_for_the_spectrum(tmp_path: Path) -> None:
     density = spectrum(every_n_train_steps=None, overhead=0.5)
     fit(tmp_path, Regressor(), loader(), density, max_epochs=60)
     assert len(density.history) >= 2
-    assert density._watch.spent <= 0.9 * density._watch.elapsed
+    assert density._agenda.spent <= 0.9 * density._watch.elapsed
 
 
 def test_a_resumed_spectrum_keeps_its_history(tmp_path: Path) -> None:
