@@ -1,10 +1,11 @@
 """What arguments may be. A refusal names the argument, its value, and in words of the caller what is wrong."""
 
 import inspect
-import math
 from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
+
+Bound = float | None
 
 
 def whole(name: str, value: Any, least: int | None = None, words: str = "", *, none: bool = False) -> None:
@@ -18,14 +19,20 @@ def whole(name: str, value: Any, least: int | None = None, words: str = "", *, n
 
 
 def number(
-    name: str, value: Any, words: str = "", *, above: float = -math.inf, below: float = math.inf, none: bool = False
+    name: str,
+    value: Any,
+    words: str = "",
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    none: bool = False,
 ) -> None:
-    """Refuses what measures nothing, and, where there are words for it, what does not lie between two others."""
+    """Refuses what measures nothing, and what does not lie above one number and below another."""
     if none and value is None:
         return
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
-    if words and not above < float(value) < below:
+    if (above is not None and not float(value) > above) or (below is not None and not float(value) < below):
         raise ValueError(f"{name}={value} {words}")
 
 

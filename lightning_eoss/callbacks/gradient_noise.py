@@ -49,6 +49,8 @@ class GradientNoiseMonitor(Monitor):
             twice.
         dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches. Ready batches
             have no single samples: of them the measured variance, |g|^2 and the cosine are shown.
+        num_samples: Samples of a ready batch of ``dataloader``, a number or a function of a batch; None: what the batch
+            says (``batch_size``, ``num_graphs``), or the length that all its tensors have.
         seed: Fixes all random numbers of the monitor.
 
     Raises:

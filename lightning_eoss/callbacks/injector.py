@@ -14,7 +14,7 @@ from lightning_eoss.curvature.noise import Noise, gradient_with_noise
 from lightning_eoss.curvature.objective import Objective, Part, derived_seed, full_batch
 from lightning_eoss.curvature.operators import gradient_graph, unflattened
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
-from lightning_eoss.training.probe import refuse, refuse_frozen, trains_nothing, usual_parts
+from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen, trains_nothing, usual_parts
 from lightning_eoss.training.watch import Watch
 
 _ENTRIES = 2**26  # of gradients of samples that are held at once
@@ -57,6 +57,8 @@ class GradientNoiseInjector(Callback):
         full_batch_samples: The samples are a fixed random subset of this size; None: all.
         loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`.
         dataloader: Data in place of training's: a DataLoader or an iterable of batches.
+        num_samples: Samples of a ready batch of ``dataloader``, a number or a function of a batch; None: what the batch
+            says (``batch_size``, ``num_graphs``), or the length that all its tensors have.
         seed: Fixes all random numbers.
 
     Raises:
@@ -78,6 +80,7 @@ class GradientNoiseInjector(Callback):
         full_batch_samples: int | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         dataloader: Iterable[Any] | None = None,
+        num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
         kinds = get_args(Noise)
@@ -87,7 +90,7 @@ class GradientNoiseInjector(Callback):
         self.batch_size = batch_size
         self.full_batch_samples = full_batch_samples
         self.seed = seed
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples)
         self._began = False
         self._batch_idx = 0
 
@@ -101,13 +104,9 @@ class GradientNoiseInjector(Callback):
         """Refuses optimizers whose gradient is not what they step on."""
         name = type(self).__name__
         refuse_frozen(pl_module, name)
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"{name} works with one optimizer, and this Trainer has {len(trainer.optimizers)}: each would step on "
-                "the gradient of the same loss. Train with one."
-            )
+        optimizer = only_optimizer(trainer, name, "each would step on the gradient of the same loss. Train with one.")
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if scaled and any(group.get("fused") for group in trainer.optimizers[0].param_groups):
+        if scaled and any(group.get("fused") for group in optimizer.param_groups):
             raise MisconfigurationException(
                 f"{name} does not support fused=True under precision='16-mixed': the optimizer unscales gradients "
                 "itself, and would shrink the one it is given. Use precision='bf16-mixed', or leave out fused."

@@ -437,13 +437,14 @@ def _check_limits(
 ) -> None:
     """Refuses limits that hold nothing."""
     for name, ratio in (("max_edge_ratio", max_edge_ratio), ("target_edge_ratio", target_edge_ratio)):
-        checks.number(name, ratio, "must be positive (1 is the edge), or None for none.", above=0, none=True)
+        words = "must be positive (1 is the edge), or None for none."
+        checks.number(name, ratio, words, above=0, below=math.inf, none=True)
     for name, value in (("dead_band", dead_band), ("min_scale", min_scale), ("max_scale", max_scale)):
         checks.number(name, value)
     if not 0 <= dead_band < 1:
         raise ValueError(f"dead_band={dead_band} is a relative deviation and must be from 0 to 1, as 0.15 is.")
     words = "is a factor and must be above 1: else the controller never moves."
-    checks.number("max_change", max_change, words, above=1)
+    checks.number("max_change", max_change, words, above=1, below=math.inf)
     if not 0 < min_scale <= 1 <= max_scale < math.inf:
         raise ValueError(
             f"min_scale={min_scale} and max_scale={max_scale} must be positive and have 1 between them: training "

@@ -22,7 +22,7 @@ from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.theory.scaling import curvature_range, nesterov, polyak
-from lightning_eoss.training.probe import refuse, refuse_frozen, sampler_batches
+from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen, sampler_batches
 from lightning_eoss.training.watch import Watch
 
 Rule = Literal["nesterov", "polyak"]
@@ -90,6 +90,8 @@ class SpectralLearningRate(Callback):
         loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`, where that cannot be evaluated
             twice.
         dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches.
+        num_samples: Samples of a ready batch of ``dataloader``, a number or a function of a batch; None: what the batch
+            says (``batch_size``, ``num_graphs``), or the length that all its tensors have.
         seed: Fixes all random numbers of the callback.
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place, which is the other usual
             positive-definite approximation.
@@ -126,6 +128,7 @@ class SpectralLearningRate(Callback):
         dry_run: bool = False,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         dataloader: Iterable[Any] | None = None,
+        num_samples: int | Callable[[Any], int] | None = None,
         seed: int = 0,
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
@@ -149,7 +152,7 @@ class SpectralLearningRate(Callback):
         self.operator = operator
         self.outputs_fn = outputs_fn
         self.last: LearnedRates | None = None  # what was learned last
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, page=tags.write_page)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, num_samples=num_samples, page=tags.write_page)
         self._findings: Findings | None = None
         self._last_epoch: int | None = None  # in which it was time
 
@@ -178,7 +181,7 @@ class SpectralLearningRate(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses optimizers that the rules are not made for, and schedulers."""
         refuse_frozen(pl_module, type(self).__name__)
-        _refuse_optimizers(trainer.optimizers, type(self).__name__)
+        _refuse_optimizer(trainer, type(self).__name__)
         if trainer.lr_scheduler_configs and not self.dry_run:
             kinds = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
             raise MisconfigurationException(
@@ -300,14 +303,10 @@ class SpectralLearningRate(Callback):
         self._last_epoch = state_dict["last_epoch"]
 
 
-def _refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
+def _refuse_optimizer(trainer: Any, name: str) -> None:
     """Raises where the rules are not made for the steps."""
-    if len(optimizers) != 1:
-        raise MisconfigurationException(
-            f"{name} works with one optimizer, and this Trainer has {len(optimizers)}: which of them the curvature of "
-            "the loss belongs to is not known. Leave one."
-        )
-    (optimizer,) = optimizers
+    otherwise = "which of them the curvature of the loss belongs to is not known. Leave one."
+    optimizer = only_optimizer(trainer, name, otherwise)
     if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(SGD.step):
         raise MisconfigurationException(
             f"{name} does not work with {type(optimizer).__name__}: the heavy ball and Nesterov's gradient are steps "

@@ -42,6 +42,8 @@ class SpectralDensityMonitor(Monitor):
         loss_fn: ``loss_fn(pl_module, batch) -> scalar`` in place of `training_step`, where that cannot be evaluated
             twice.
         dataloader: Data to measure on, in place of training's: a DataLoader or an iterable of batches.
+        num_samples: Samples of a ready batch of ``dataloader``, a number or a function of a batch; None: what the batch
+            says (``batch_size``, ``num_graphs``), or the length that all its tensors have.
         seed: Fixes all random numbers of the monitor.
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place.
         outputs_fn: ``outputs_fn(pl_module, batch) -> (outputs, criterion)`` for ``"ggn"``, see `SharpnessMonitor`.

@@ -102,9 +102,9 @@ class Findings:
     graph_bytes: float  # memory of the retained gradient graph of one sample
     seconds: float  # of one product of one batch, its graph not counted
     warnings: tuple[str, ...]  # what a user must know
-    detached: bool = False  # the gradient depends on parameters in ways that its graph does not hold
     loading: float = 0.0  # seconds to load one sample
     sample_bytes: float = 0.0  # memory of one loaded sample
+    detached: bool = False  # the gradient depends on parameters in ways that its graph does not hold
 
     def after(self, doubt: Doubt) -> "Findings":
         """What is known once there is a doubt."""

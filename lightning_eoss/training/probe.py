@@ -116,6 +116,15 @@ def refuse_frozen(pl_module: nn.Module, name: str) -> None:
         )
 
 
+def only_optimizer(trainer: Any, name: str, otherwise: str) -> Any:
+    """The optimizer of a Trainer, at `on_fit_start` or later; raises where there are several, with the way out."""
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"{name} works with one optimizer, and this Trainer has {len(trainer.optimizers)}: {otherwise}"
+        )
+    return trainer.optimizers[0]
+
+
 def check_dataloader(dataloader: Any, name: str, *, ready: bool = False) -> None:
     """Raises where data of a monitor's own are not batches, or come only once.
 

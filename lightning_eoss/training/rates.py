@@ -23,6 +23,7 @@ from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import num_samples_of
 from lightning_eoss.training.probe import (
     PASS_NUM_SAMPLES,
+    only_optimizer,
     own_batch_sizes,
     step_parts,
     steps_now,
@@ -420,12 +421,10 @@ def the_optimizer(trainer: Any, name: str) -> Optimizer:
     Raises:
         MisconfigurationException: If there are several, or if it has no learning rates.
     """
-    if len(trainer.optimizers) != 1:
-        raise MisconfigurationException(
-            f"{name} works with one optimizer, and this Trainer has {len(trainer.optimizers)}: which of them a batch "
-            "size or an edge ratio belongs to is not known. Scale their rates in configure_optimizers."
-        )
-    optimizer: Optimizer = trainer.optimizers[0]
+    otherwise = (
+        "which of them a batch size or an edge ratio belongs to is not known. Scale them in configure_optimizers."
+    )
+    optimizer: Optimizer = only_optimizer(trainer, name, otherwise)
     rates = [group.get("lr") for group in getattr(optimizer, "param_groups", [])]
     if not rates or not all(isinstance(rate, (int, float, Tensor)) for rate in rates):
         raise MisconfigurationException(

@@ -42,6 +42,8 @@ def curves() -> Curves:
         tags.COST_HVPS: 100 + 200 * np.exp(-steps / 300),
         tags.COST_RESIDUAL: np.full(len(steps), 0.01),
         tags.COST_AUDIT: np.full(len(steps), 0.002),
+        tags.COST_MEMORY: np.full(len(steps), 120.0),
+        tags.COST_SAMPLES: np.full(len(steps), 8192.0),
     }
     curves = {tag: (steps.tolist(), value.tolist()) for tag, value in values.items()}
     for tag, divisor in ((tags.FULL_BS, 1.0), (tags.EDGE_RATIO_FULL_BS, threshold)):
