@@ -19,13 +19,7 @@ def whole(name: str, value: Any, least: int | None = None, words: str = "", *, n
 
 
 def number(
-    name: str,
-    value: Any,
-    words: str = "",
-    *,
-    above: float | None = None,
-    below: float | None = None,
-    none: bool = False,
+    name: str, value: Any, words: str = "", *, above: Bound = None, below: Bound = None, none: bool = False
 ) -> None:
     """Refuses what measures nothing, and what does not lie above one number and below another."""
     if none and value is None:
