@@ -20,163 +20,129 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-MINI_BS = "sharpness/MiniBS"
-FULL_BS = "sharpness/FullBS"
-CURRENT_BATCH = "sharpness/current_batch"
-DIRECTIONAL = "sharpness/directional"
-GAP = "sharpness/gap"
-BATCH_SIZE = "sharpness/batch_size"
-THRESHOLD = "sharpness/threshold"
-THRESHOLD_SMALL_BATCH = "sharpness/threshold_small_batch"
-EDGE_RATIO = "sharpness/edge_ratio"
-EDGE_RATIO_FULL_BS = "sharpness/edge_ratio_FullBS"
-EDGE_RATIO_DIRECTIONAL = "sharpness/edge_ratio_directional"
-EDGE = "sharpness/edge"
-PHASE = "sharpness/phase"
-PRECONDITIONER_SMALLEST = "sharpness/preconditioner_smallest"
-PRECONDITIONER_MEDIAN = "sharpness/preconditioner_median"
-PRECONDITIONER_LARGEST = "sharpness/preconditioner_largest"
-EPS_SHARE = "sharpness/eps_share"
-PREDICTION_SUBSPACE = "prediction/subspace"
-PREDICTION_WIGNER = "prediction/wigner"
-PREDICTION_MARCHENKO_PASTUR = "prediction/marchenko_pastur"
-PREDICTION_OVERLAP = "prediction/overlap"
-PREDICTION_VARIANCE = "prediction/variance"
-PREDICTION_RANK = "prediction/rank"
-PREDICTION_CRITICAL_BATCH_SIZE = "prediction/critical_batch_size"
-SPECTRUM = "spectrum/density"  # a figure
-SPECTRUM_TRACE = "spectrum/trace"
-SPECTRUM_RANK = "spectrum/rank"
-SPECTRUM_ZEROS = "spectrum/mass_at_origin"
-SPECTRUM_NEGATIVE = "spectrum/negative_mass"
-SPECTRUM_LARGEST = "spectrum/largest"
-SPECTRUM_SMALLEST = "spectrum/smallest"
-SPECTRUM_BATCH_LARGEST = "spectrum/batch_largest"
-SPECTRUM_BATCH_SMALLEST = "spectrum/batch_smallest"
-SPECTRUM_BATCH_NEGATIVE = "spectrum/batch_negative_mass"
-SPECTRUM_SECONDS = "spectrum/seconds"
-NOISE_TRACE = "gradient_noise/trace"
-NOISE_PREDICTED = "gradient_noise/predicted_variance"
-NOISE_MEASURED = "gradient_noise/measured_variance"
-NOISE_SCALE = "gradient_noise/scale"
-NOISE_CURVATURE_SCALE = "gradient_noise/curvature_scale"
-NOISE_NORM = "gradient_noise/gradient_norm_squared"
-NOISE_COSINE = "gradient_noise/cosine"
-NOISE_SECONDS = "gradient_noise/seconds"
-NOISE_CURVE = "gradient_noise/variance_against_batch_size"  # a figure
-WEIGHTS_DISTANCE = "weights/distance"
-WEIGHTS_ANGLE = "weights/angle"
-WEIGHTS_LOG_SLOPE = "weights/log_slope"
-WEIGHTS_LOG_R2 = "weights/log_r2"
-WEIGHTS_POWER_EXPONENT = "weights/power_exponent"
-WEIGHTS_POWER_R2 = "weights/power_r2"
-LEARNING_RATE_APPLIED = "learning_rate/applied"
-LEARNING_RATE_SUGGESTED = "learning_rate/suggested"
-LEARNING_RATE_SCALE = "learning_rate/scale"
-LEARNING_RATE_MOMENTUM = "learning_rate/momentum"
-LEARNING_RATE_LARGEST = "learning_rate/largest"
-LEARNING_RATE_SMALLEST = "learning_rate/smallest"
-COST_SHARE = "cost/share"
-COST_SECONDS = "cost/seconds"
-COST_HVPS = "cost/hvps"
-COST_RESIDUAL = "cost/residual"
-COST_AUDIT = "cost/audit"
-COST_MEMORY = "cost/memory"
-COST_SAMPLES = "cost/full_batch_samples"
-
+#: What each scalar is, in one line.
+DESCRIPTIONS: dict[str, str] = {}
 #: Estimates, logged together with the two ends of their interval.
-WITH_INTERVAL = (
-    MINI_BS,
-    DIRECTIONAL,
-    GAP,
-    EDGE_RATIO,
-    PREDICTION_SUBSPACE,
-    PREDICTION_WIGNER,
-    PREDICTION_MARCHENKO_PASTUR,
-    PREDICTION_VARIANCE,
-    PREDICTION_RANK,
-    PREDICTION_CRITICAL_BATCH_SIZE,
-    SPECTRUM_TRACE,
-    SPECTRUM_RANK,
-    SPECTRUM_ZEROS,
-    SPECTRUM_NEGATIVE,
-    SPECTRUM_BATCH_NEGATIVE,
-    NOISE_TRACE,
-    NOISE_PREDICTED,
-    NOISE_MEASURED,
-    NOISE_SCALE,
-    NOISE_CURVATURE_SCALE,
-)
+WITH_INTERVAL: list[str] = []
 
+
+def _tag(name: str, description: str) -> str:
+    """A scalar."""
+    DESCRIPTIONS[name] = description
+    return name
+
+
+def _estimate(name: str, description: str) -> str:
+    """A scalar that has an interval."""
+    WITH_INTERVAL.append(name)
+    return _tag(name, description)
+
+
+MINI_BS = _estimate(
+    "sharpness/MiniBS",
+    "mini-batch sharpness: mean largest Hessian eigenvalue over random batches as training draws them",
+)
+FULL_BS = _tag("sharpness/FullBS", "full-batch sharpness: largest Hessian eigenvalue of the training set's loss")
+CURRENT_BATCH = _tag("sharpness/current_batch", "sharpness of the batch about to be stepped on")
+DIRECTIONAL = _estimate(
+    "sharpness/directional", "directional sharpness: mean curvature along each batch's own gradient, E[g'Hg / g'g]"
+)
+GAP = _estimate("sharpness/gap", "MiniBS - FullBS")
+BATCH_SIZE = _tag(
+    "sharpness/batch_size", "the b of MiniBS(b): samples of a step, the mean where a sampler's batches differ"
+)
+THRESHOLD = _tag("sharpness/threshold", "the largest stable sharpness, where one number says it: 2/lr for plain SGD")
+THRESHOLD_SMALL_BATCH = _tag(
+    "sharpness/threshold_small_batch",
+    "where momentum holds directional sharpness under small batches: 2 (1 - momentum)/lr",
+)
+EDGE_RATIO = _estimate("sharpness/edge_ratio", "MiniBS in units of the optimizer's stability limits; 1 is the edge")
+EDGE_RATIO_FULL_BS = _tag("sharpness/edge_ratio_FullBS", "FullBS in the same units")
+EDGE_RATIO_DIRECTIONAL = _tag(
+    "sharpness/edge_ratio_directional", "directional sharpness in the same units; the phase is judged on it"
+)
+EDGE = _tag("sharpness/edge", "the constant 1")
+PHASE = _tag("sharpness/phase", "0 sharpening, 1 at the edge, 2 beyond it, 3 catapult; over the last five measurements")
+PRECONDITIONER_SMALLEST = _tag(
+    "sharpness/preconditioner_smallest", "smallest implied curvature of an adaptive optimizer, sqrt(v) + eps for Adam"
+)
+PRECONDITIONER_MEDIAN = _tag("sharpness/preconditioner_median", "its median over the parameters")
+PRECONDITIONER_LARGEST = _tag("sharpness/preconditioner_largest", "its largest")
+EPS_SHARE = _tag("sharpness/eps_share", "share of parameters where eps outweighs it; the square-root rule wants few")
+PREDICTION_SUBSPACE = _estimate(
+    "prediction/subspace", "MiniBS predicted from the full batch's outliers; `_trusted` is 0 where it should not be"
+)
+PREDICTION_WIGNER = _estimate(
+    "prediction/wigner", "MiniBS by Theorem 4 of Granziol et al., batch noise taken for homogeneous"
+)
+PREDICTION_MARCHENKO_PASTUR = _estimate(
+    "prediction/marchenko_pastur", "MiniBS by their Theorem 7, corrected, the bulk taken for flat"
+)
+PREDICTION_OVERLAP = _tag(
+    "prediction/overlap", "their Theorem 10: squared cosine between a batch's top eigenvector and the full batch's"
+)
+PREDICTION_VARIANCE = _estimate(
+    "prediction/variance", "variance of the per-sample Hessian, P sigma^2 = E|H_i - H|^2 / P"
+)
+PREDICTION_RANK = _estimate("prediction/rank", "rank of the full batch's Hessian, at least")
+PREDICTION_CRITICAL_BATCH_SIZE = _estimate(
+    "prediction/critical_batch_size",
+    "batch size at which MiniBS is twice FullBS: larger ones allow hardly more learning rate",
+)
+SPECTRUM = "spectrum/density"  # a figure
+SPECTRUM_TRACE = _estimate("spectrum/trace", "sum of the full batch's Hessian eigenvalues")
+SPECTRUM_RANK = _estimate("spectrum/rank", "how many of them are not zero, at least")
+SPECTRUM_ZEROS = _estimate("spectrum/mass_at_origin", "share of them that is zero, at most")
+SPECTRUM_NEGATIVE = _estimate("spectrum/negative_mass", "share of them below zero")
+SPECTRUM_LARGEST = _tag("spectrum/largest", "the largest of them")
+SPECTRUM_SMALLEST = _tag("spectrum/smallest", "the smallest of them")
+SPECTRUM_BATCH_LARGEST = _tag("spectrum/batch_largest", "largest Hessian eigenvalue of one random batch")
+SPECTRUM_BATCH_SMALLEST = _tag("spectrum/batch_smallest", "its smallest")
+SPECTRUM_BATCH_NEGATIVE = _estimate("spectrum/batch_negative_mass", "share of its eigenvalues below zero")
+SPECTRUM_SECONDS = _tag("spectrum/seconds", "seconds that the densities took")
+NOISE_TRACE = _estimate("gradient_noise/trace", "variance of a single sample's gradient, the trace of its covariance C")
+NOISE_PREDICTED = _estimate(
+    "gradient_noise/predicted_variance",
+    "variance of the batch gradient that follows from it, (n - b) / (b (n - 1)) tr C",
+)
+NOISE_MEASURED = _estimate("gradient_noise/measured_variance", "variance of the batch gradient over random batches")
+NOISE_SCALE = _estimate(
+    "gradient_noise/scale", "simple noise scale, tr C / |g|^2: batches much larger than that are hardly better"
+)
+NOISE_CURVATURE_SCALE = _estimate("gradient_noise/curvature_scale", "the same weighted by curvature, tr HC / g'Hg")
+NOISE_NORM = _tag("gradient_noise/gradient_norm_squared", "squared norm of the full batch's gradient")
+NOISE_COSINE = _tag(
+    "gradient_noise/cosine", "cosine between the full batch's gradient and its Hessian's top eigenvector, without sign"
+)
+NOISE_SECONDS = _tag("gradient_noise/seconds", "seconds that the measurement took")
+NOISE_CURVE = "gradient_noise/variance_against_batch_size"  # a figure
+WEIGHTS_DISTANCE = _tag("weights/distance", "distance of the weights from where training began")
+WEIGHTS_ANGLE = _tag("weights/angle", "angle between successive displacements, in degrees")
+WEIGHTS_LOG_SLOPE = _tag("weights/log_slope", "c of the law a + c log t for the distance")
+WEIGHTS_LOG_R2 = _tag("weights/log_r2", "share of the distance's variance that the logarithmic law explains")
+WEIGHTS_POWER_EXPONENT = _tag("weights/power_exponent", "exponent of the power law for the distance")
+WEIGHTS_POWER_R2 = _tag("weights/power_r2", "share of the distance's variance that the power law explains")
+LEARNING_RATE_APPLIED = _tag("learning_rate/applied", "the rate that the step really takes (first parameter group)")
+LEARNING_RATE_SUGGESTED = _tag(
+    "learning_rate/suggested", "the rate that the rule would have it take; another one under `dry_run` alone"
+)
+LEARNING_RATE_SCALE = _tag("learning_rate/scale", "factor to the schedule's own rate")
+LEARNING_RATE_MOMENTUM = _tag("learning_rate/momentum", "the momentum learned from the spectrum")
+LEARNING_RATE_LARGEST = _tag("learning_rate/largest", "largest curvature that the learned rate goes by")
+LEARNING_RATE_SMALLEST = _tag("learning_rate/smallest", "smallest curvature that it goes by, the bulk left out")
+COST_SHARE = _tag("cost/share", "share of wall time spent on measuring")
+COST_SECONDS = _tag("cost/seconds", "seconds of one measurement")
+COST_HVPS = _tag("cost/hvps", "Hessian-vector products of one measurement, counted in batches of training's size")
+COST_RESIDUAL = _tag("cost/residual", "relative residual of the eigenvalues, the largest")
+COST_AUDIT = _tag("cost/audit", "what solving again from a random start added, relative")
+COST_MEMORY = _tag("cost/memory", "MiB that one measurement took at its peak, beyond what was taken before")
+COST_SAMPLES = _tag(
+    "cost/full_batch_samples",
+    "samples that FullBS was measured on: under a share of wall time a fixed random part, which doubles",
+)
 LAMBDA_MAX = "sharpness/lambda_max"  # a histogram
 PRECONDITIONER = "sharpness/log10_preconditioner"  # a histogram
 GUIDE = "sharpness/guide"  # a text card; other callbacks' are named after their tags
-
-#: What each scalar is, in one line.
-DESCRIPTIONS: dict[str, str] = {
-    MINI_BS: "mini-batch sharpness: mean largest Hessian eigenvalue over random batches as training draws them",
-    FULL_BS: "full-batch sharpness: largest Hessian eigenvalue of the training set's loss",
-    CURRENT_BATCH: "sharpness of the batch about to be stepped on",
-    DIRECTIONAL: "directional sharpness: mean curvature along each batch's own gradient, E[g'Hg / g'g]",
-    GAP: "MiniBS - FullBS",
-    BATCH_SIZE: "the b of MiniBS(b): samples of a step, the mean where a sampler's batches differ",
-    THRESHOLD: "the largest stable sharpness, where one number says it: 2/lr for plain SGD",
-    THRESHOLD_SMALL_BATCH: "where momentum holds directional sharpness under small batches: 2 (1 - momentum)/lr",
-    EDGE_RATIO: "MiniBS in units of the optimizer's stability limits; 1 is the edge",
-    EDGE_RATIO_FULL_BS: "FullBS in the same units",
-    EDGE_RATIO_DIRECTIONAL: "directional sharpness in the same units; the phase is judged on it",
-    EDGE: "the constant 1",
-    PHASE: "0 sharpening, 1 at the edge, 2 beyond it, 3 catapult; over the last five measurements",
-    PRECONDITIONER_SMALLEST: "smallest implied curvature of an adaptive optimizer, sqrt(v) + eps for Adam",
-    PRECONDITIONER_MEDIAN: "its median over the parameters",
-    PRECONDITIONER_LARGEST: "its largest",
-    EPS_SHARE: "share of parameters where eps outweighs it; the square-root rule wants few",
-    PREDICTION_SUBSPACE: "MiniBS predicted from the full batch's outliers; `_trusted` is 0 where it should not be",
-    PREDICTION_WIGNER: "MiniBS by Theorem 4 of Granziol et al., batch noise taken for homogeneous",
-    PREDICTION_MARCHENKO_PASTUR: "MiniBS by their Theorem 7, corrected, the bulk taken for flat",
-    PREDICTION_OVERLAP: "their Theorem 10: squared cosine between a batch's top eigenvector and the full batch's",
-    PREDICTION_VARIANCE: "variance of the per-sample Hessian, P sigma^2 = E|H_i - H|^2 / P",
-    PREDICTION_RANK: "rank of the full batch's Hessian, at least",
-    PREDICTION_CRITICAL_BATCH_SIZE: "batch size at which MiniBS is twice FullBS: larger ones allow hardly more "
-    "learning rate",
-    SPECTRUM_TRACE: "sum of the full batch's Hessian eigenvalues",
-    SPECTRUM_RANK: "how many of them are not zero, at least",
-    SPECTRUM_ZEROS: "share of them that is zero, at most",
-    SPECTRUM_NEGATIVE: "share of them below zero",
-    SPECTRUM_LARGEST: "the largest of them",
-    SPECTRUM_SMALLEST: "the smallest of them",
-    SPECTRUM_BATCH_LARGEST: "largest Hessian eigenvalue of one random batch",
-    SPECTRUM_BATCH_SMALLEST: "its smallest",
-    SPECTRUM_BATCH_NEGATIVE: "share of its eigenvalues below zero",
-    SPECTRUM_SECONDS: "seconds that the densities took",
-    NOISE_TRACE: "variance of a single sample's gradient, the trace of its covariance C",
-    NOISE_PREDICTED: "variance of the batch gradient that follows from it, (n - b) / (b (n - 1)) tr C",
-    NOISE_MEASURED: "variance of the batch gradient over random batches",
-    NOISE_SCALE: "simple noise scale, tr C / |g|^2: batches much larger than that are hardly better",
-    NOISE_CURVATURE_SCALE: "the same weighted by curvature, tr HC / g'Hg",
-    NOISE_NORM: "squared norm of the full batch's gradient",
-    NOISE_COSINE: "cosine between the full batch's gradient and its Hessian's top eigenvector, without sign",
-    NOISE_SECONDS: "seconds that the measurement took",
-    WEIGHTS_DISTANCE: "distance of the weights from where training began",
-    WEIGHTS_ANGLE: "angle between successive displacements, in degrees",
-    WEIGHTS_LOG_SLOPE: "c of the law a + c log t for the distance",
-    WEIGHTS_LOG_R2: "share of the distance's variance that the logarithmic law explains",
-    WEIGHTS_POWER_EXPONENT: "exponent of the power law for the distance",
-    WEIGHTS_POWER_R2: "share of the distance's variance that the power law explains",
-    LEARNING_RATE_APPLIED: "the rate that the step really takes (first parameter group)",
-    LEARNING_RATE_SUGGESTED: "the rate that the rule would have it take; another one under `dry_run` alone",
-    LEARNING_RATE_SCALE: "factor to the schedule's own rate",
-    LEARNING_RATE_MOMENTUM: "the momentum learned from the spectrum",
-    LEARNING_RATE_LARGEST: "largest curvature that the learned rate goes by",
-    LEARNING_RATE_SMALLEST: "smallest curvature that it goes by, the bulk left out",
-    COST_SHARE: "share of wall time spent on measuring",
-    COST_SECONDS: "seconds of one measurement",
-    COST_HVPS: "Hessian-vector products of one measurement, counted in batches of training's size",
-    COST_RESIDUAL: "relative residual of the eigenvalues, the largest",
-    COST_AUDIT: "what solving again from a random start added, relative",
-    COST_MEMORY: "MiB that one measurement took at its peak, beyond what was taken before",
-    COST_SAMPLES: "samples that FullBS was measured on: under a share of wall time a fixed random part, which doubles",
-}
 
 
 def interval(tag: str) -> tuple[str, str]:
@@ -198,133 +164,114 @@ def interval(tag: str) -> tuple[str, str]:
 class _Chart(NamedTuple):
     """A chart of the page: a multi-line chart if smoothed, else a margin chart."""
 
-    title: str
     reading: str  # how to read it, in one line
-    tags: tuple[str, ...]
-    smoothed: bool = False
+    tags: list[str]
+    smoothed: bool
 
 
-def _lines(title: str, reading: str, *tags: str) -> _Chart:
+def _lines(reading: str, tags: list[str]) -> _Chart:
     """A multi-line chart."""
-    return _Chart(title, reading, tags, smoothed=True)
+    return _Chart(reading, tags, smoothed=True)
+
+
+def _bands(reading: str, tags: list[str]) -> _Chart:
+    """A margin chart."""
+    return _Chart(reading, tags, smoothed=False)
 
 
 #: The page, by category; those of `SHARPNESS` are shown wherever the sharpness is, the others where they have curves.
-_CATEGORIES: dict[str, tuple[_Chart, ...]] = {
-    "Am I at the edge?": (
-        _Chart(
-            "Edge ratio: the line at 1 is the edge",
+_CATEGORIES: dict[str, dict[str, _Chart]] = {
+    "Am I at the edge?": {
+        "Edge ratio: the line at 1 is the edge": _bands(
             "below 1 the network is free to sharpen, at 1 the learning rate holds it back; the directional ratio "
             "settles at 1, with MiniBS above it and FullBS below",
-            (EDGE_RATIO, EDGE_RATIO_DIRECTIONAL, EDGE_RATIO_FULL_BS, EDGE),
+            [EDGE_RATIO, EDGE_RATIO_DIRECTIONAL, EDGE_RATIO_FULL_BS, EDGE],
         ),
-    ),
-    "Sharpness": (
-        _Chart(
-            "Sharpness and its threshold",
+    },
+    "Sharpness": {
+        "Sharpness and its threshold": _bands(
             "the same in the units of the Hessian, with the limit that the learning rate sets",
-            (MINI_BS, DIRECTIONAL, FULL_BS, THRESHOLD),
+            [MINI_BS, DIRECTIONAL, FULL_BS, THRESHOLD],
         ),
-    ),
-    "Momentum": (
-        _Chart(
-            "Directional sharpness and its two lines",
+    },
+    "Momentum": {
+        "Directional sharpness and its two lines": _bands(
             "with large batches momentum lets it rise to the upper line, 2 (1 + momentum)/lr; with small ones it "
             "holds it at the lower, 2 (1 - momentum)/lr",
-            (DIRECTIONAL, THRESHOLD, THRESHOLD_SMALL_BATCH),
+            [DIRECTIONAL, THRESHOLD, THRESHOLD_SMALL_BATCH],
         ),
-    ),
-    "Batch noise": (
-        _Chart(
-            "Sharpness of the current batch",
-            "the very batches stepped on, one value each; they scatter around MiniBS",
-            (CURRENT_BATCH, THRESHOLD),
-            smoothed=True,
+    },
+    "Batch noise": {
+        "Sharpness of the current batch": _lines(
+            "the very batches stepped on, one value each; they scatter around MiniBS", [CURRENT_BATCH, THRESHOLD]
         ),
-        _Chart("Gap: MiniBS - FullBS", "the sharpness that batch noise adds", (GAP,)),
-    ),
-    "Learning rate": (
-        _Chart(
-            "Learning rate",
+        "Gap: MiniBS - FullBS": _bands("the sharpness that batch noise adds", [GAP]),
+    },
+    "Learning rate": {
+        "Learning rate": _bands(
             "what the steps really take, and what the rule suggests; they differ under `dry_run` alone",
-            (LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED),
+            [LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED],
         ),
-        _lines("Its scale", "the factor to the schedule's own rate", LEARNING_RATE_SCALE),
-    ),
-    "Learned rates": (
-        _Chart(
-            "Learned learning rate",
-            "what the spectrum says, and what the steps take",
-            (LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED),
+        "Its scale": _lines("the factor to the schedule's own rate", [LEARNING_RATE_SCALE]),
+    },
+    "Learned rates": {
+        "Learned learning rate": _bands(
+            "what the spectrum says, and what the steps take", [LEARNING_RATE_APPLIED, LEARNING_RATE_SUGGESTED]
         ),
-        _lines("Learned momentum", "the wider the spectrum, the more", LEARNING_RATE_MOMENTUM),
-        _lines("Curvature that they go by", "both ends of the spectrum", LEARNING_RATE_LARGEST, LEARNING_RATE_SMALLEST),
-    ),
-    "Spectrum": (
-        _Chart(
-            "Ends of the spectrum",
+        "Learned momentum": _lines("the wider the spectrum, the more", [LEARNING_RATE_MOMENTUM]),
+        "Curvature that they go by": _lines(
+            "both ends of the spectrum", [LEARNING_RATE_LARGEST, LEARNING_RATE_SMALLEST]
+        ),
+    },
+    "Spectrum": {
+        "Ends of the spectrum": _lines(
             "the largest and the smallest eigenvalue of the full batch and of one batch: batch noise widens it",
-            (SPECTRUM_LARGEST, SPECTRUM_BATCH_LARGEST, SPECTRUM_SMALLEST, SPECTRUM_BATCH_SMALLEST),
-            smoothed=True,
+            [SPECTRUM_LARGEST, SPECTRUM_BATCH_LARGEST, SPECTRUM_SMALLEST, SPECTRUM_BATCH_SMALLEST],
         ),
-        _Chart("Sum of the eigenvalues", "the trace, most of it from few directions", (SPECTRUM_TRACE,), smoothed=True),
-        _Chart("Rank", "how many directions curve at all, at least", (SPECTRUM_RANK,), smoothed=True),
-        _Chart(
-            "Share of negative eigenvalues",
+        "Sum of the eigenvalues": _lines("the trace, most of it from few directions", [SPECTRUM_TRACE]),
+        "Rank": _lines("how many directions curve at all, at least", [SPECTRUM_RANK]),
+        "Share of negative eigenvalues": _bands(
             "how far from a minimum the loss is, and how much of that is batch noise",
-            (SPECTRUM_NEGATIVE, SPECTRUM_BATCH_NEGATIVE),
+            [SPECTRUM_NEGATIVE, SPECTRUM_BATCH_NEGATIVE],
         ),
-    ),
-    "Gradient noise": (
-        _Chart(
-            "Variance of the batch gradient",
+    },
+    "Gradient noise": {
+        "Variance of the batch gradient": _bands(
             "measured over random batches, and as it follows from single samples; they agree",
-            (NOISE_MEASURED, NOISE_PREDICTED),
+            [NOISE_MEASURED, NOISE_PREDICTED],
         ),
-        _Chart(
-            "Noise scale",
+        "Noise scale": _lines(
             "batches much larger than this are hardly better; beside it the one that curvature weights",
-            (NOISE_SCALE, NOISE_CURVATURE_SCALE),
-            smoothed=True,
+            [NOISE_SCALE, NOISE_CURVATURE_SCALE],
         ),
-        _Chart(
-            "Gradient along the top eigenvector",
-            "the cosine between the two: how much of a step goes where the loss curves most",
-            (NOISE_COSINE,),
-            smoothed=True,
+        "Gradient along the top eigenvector": _lines(
+            "the cosine between the two: how much of a step goes where the loss curves most", [NOISE_COSINE]
         ),
-    ),
-    "Weights": (
-        _lines("Distance from the start", "like log t, if Hoffer et al. are right", WEIGHTS_DISTANCE),
-        _lines("Angle between displacements", "90 degrees: a random walk", WEIGHTS_ANGLE),
-        _lines(
-            "Which law the distance follows",
-            "share of its variance that each explains",
-            WEIGHTS_LOG_R2,
-            WEIGHTS_POWER_R2,
+    },
+    "Weights": {
+        "Distance from the start": _lines("like log t, if Hoffer et al. are right", [WEIGHTS_DISTANCE]),
+        "Angle between displacements": _lines("90 degrees: a random walk", [WEIGHTS_ANGLE]),
+        "Which law the distance follows": _lines(
+            "share of its variance that each explains", [WEIGHTS_LOG_R2, WEIGHTS_POWER_R2]
         ),
-    ),
-    "Predictions": (
-        _Chart(
-            "MiniBS measured against predicted",
+    },
+    "Predictions": {
+        "MiniBS measured against predicted": _bands(
             "what the theories make of the full batch, beside what was measured; bands are 95 % intervals",
-            (MINI_BS, PREDICTION_SUBSPACE, PREDICTION_WIGNER, PREDICTION_MARCHENKO_PASTUR),
+            [MINI_BS, PREDICTION_SUBSPACE, PREDICTION_WIGNER, PREDICTION_MARCHENKO_PASTUR],
         ),
-        _Chart(
-            "Critical batch size",
-            "above it, larger batches hardly allow a larger learning rate",
-            (PREDICTION_CRITICAL_BATCH_SIZE, BATCH_SIZE),
-            smoothed=True,
+        "Critical batch size": _lines(
+            "above it, larger batches hardly allow a larger learning rate", [PREDICTION_CRITICAL_BATCH_SIZE, BATCH_SIZE]
         ),
-    ),
-    "Cost": (
-        _lines("Share of wall time", "what watching costs, since training began", COST_SHARE),
-        _lines("Seconds per measurement", "the same, one measurement at a time", COST_SECONDS),
-        _lines("Products per measurement", "the same, whatever the machine", COST_HVPS),
-        _lines("Samples of FullBS", "FullBS jumps where they do: the fewer, the higher", COST_SAMPLES),
-        _lines("Memory per measurement", "MiB, beyond what training takes", COST_MEMORY),
-        _lines("Error of the solver", "relative, to be compared with `rel_error`", COST_RESIDUAL, COST_AUDIT),
-    ),
+    },
+    "Cost": {
+        "Share of wall time": _lines("what watching costs, since training began", [COST_SHARE]),
+        "Seconds per measurement": _lines("the same, one measurement at a time", [COST_SECONDS]),
+        "Products per measurement": _lines("the same, whatever the machine", [COST_HVPS]),
+        "Samples of FullBS": _lines("FullBS jumps where they do: the fewer, the higher", [COST_SAMPLES]),
+        "Memory per measurement": _lines("MiB, beyond what training takes", [COST_MEMORY]),
+        "Error of the solver": _lines("relative, to be compared with `rel_error`", [COST_RESIDUAL, COST_AUDIT]),
+    },
 }
 SHARPNESS = frozenset({"Am I at the edge?", "Sharpness", "Batch noise", "Cost"})
 MOMENTUM, LEARNING_RATE, PREDICTIONS = "Momentum", "Learning rate", "Predictions"
@@ -333,7 +280,7 @@ CATEGORIES = tuple(_CATEGORIES)
 _CLOSED = {"Cost"}
 
 
-def _shown(categories: Collection[str]) -> dict[str, tuple[_Chart, ...]]:
+def _shown(categories: Collection[str]) -> dict[str, dict[str, _Chart]]:
     """These categories in the page's order."""
     return {title: charts for title, charts in _CATEGORIES.items() if title in categories}
 
@@ -351,25 +298,22 @@ def layout(categories: Collection[str] = SHARPNESS) -> layout_pb2.Layout:
         >>> [category.title for category in layout().category]
         ['Am I at the edge?', 'Sharpness', 'Batch noise', 'Cost']
     """
-    return layout_pb2.Layout(
-        category=[
-            layout_pb2.Category(title=title, chart=[_message(chart) for chart in charts], closed=title in _CLOSED)
-            for title, charts in _shown(categories).items()
-        ]
-    )
+    page = layout_pb2.Layout()
+    for title, charts in _shown(categories).items():
+        page.category.add(title=title, chart=[_message(*each) for each in charts.items()], closed=title in _CLOSED)
+    return page
 
 
-def _message(chart: _Chart) -> layout_pb2.Chart:
+def _message(title: str, chart: _Chart) -> layout_pb2.Chart:
     """The chart as TensorBoard's message."""
     if chart.smoothed:  # here, and only here, tags are regular expressions, matched as prefixes
         lines = layout_pb2.MultilineChartContent(tag=[f"{re.escape(tag)}$" for tag in chart.tags])
-        return layout_pb2.Chart(title=chart.title, multiline=lines)
-    ends = (interval(tag) if tag in WITH_INTERVAL else (tag, tag) for tag in chart.tags)
-    series = [
-        layout_pb2.MarginChartContent.Series(value=tag, lower=lower, upper=upper)
-        for tag, (lower, upper) in zip(chart.tags, ends, strict=True)
-    ]
-    return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=series))
+        return layout_pb2.Chart(title=title, multiline=lines)
+    bands = layout_pb2.MarginChartContent()
+    for tag in chart.tags:
+        lower, upper = interval(tag) if tag in WITH_INTERVAL else (tag, tag)
+        bands.series.add(value=tag, lower=lower, upper=upper)
+    return layout_pb2.Chart(title=title, margin=bands)
 
 
 def write_page(
@@ -421,13 +365,13 @@ def write_guide(experiment: Any, notes: Sequence[str], categories: Collection[st
     Example:
         >>> write_guide(object(), ["batch size 16"])  # not TensorBoard: nothing happens
     """
-    charts = [chart for charts in _shown(categories).values() for chart in charts]
-    kinds = list(dict.fromkeys(tag.split("/")[0] for chart in charts for tag in chart.tags))
+    charts = [item for charts in _shown(categories).values() for item in charts.items()]
+    kinds = list(dict.fromkeys(tag.split("/")[0] for _, chart in charts for tag in chart.tags))
     lines = [
         "**This run**\n" if notes else "",
         *(f"- {note}" for note in notes),
         "\n**The charts of the *Custom Scalars* page**\n",
-        *(f"- *{chart.title}*: {chart.reading}." for chart in charts),
+        *(f"- *{title}*: {chart.reading}." for title, chart in charts),
         "\n**The tags**\n",
         *(f"- `{tag}`: {text}." for tag, text in DESCRIPTIONS.items() if tag.split("/")[0] in kinds),
     ]
