@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_eoss.linalg.lanczos import _ROUNDING, Matvec, _padded, _Recursion
+from lightning_eoss.linalg.lanczos import Matvec, _padded, _Recursion, check_start
 from lightning_eoss.theory.statistics import Estimate, mean_estimate, moments, scaled
 
 _ZERO = 100  # times eps and the spectrum's size: a node so close to the origin is a zero eigenvalue and its rounding
@@ -327,10 +327,7 @@ def spectral_density(
     References:
         Granziol, Zohren and Roberts, appendix D (where the rule is said to match m moments: it matches 2m).
     """
-    if starts.ndim != 2 or 0 in starts.shape or not starts.is_floating_point():
-        raise ValueError(
-            f"starts must be a floating-point (B, P) tensor, got {starts.dtype} of shape {tuple(starts.shape)}."
-        )
+    check_start("starts", starts)
     if steps < 1:
         raise ValueError(f"steps={steps} leaves no node for the quadrature: take at least 1.")
     parts = [_quadrature(matvec, rows, steps, decide) for rows in starts.split(at_once or len(starts))]
@@ -348,24 +345,20 @@ def _quadrature(matvec: Matvec, starts: Tensor, steps: int, decide: Callable[[Te
     iterations = torch.zeros(num_rows, dtype=torch.int64)
     complete = iterations.bool()
 
-    recursion = _Recursion.starting(starts, keep_basis=True)
+    recursion, product = _Recursion(starts, keep_basis=True), matvec
     recursion.basis = starts.new_empty(num_rows, steps, dim)
-    product = matvec
     for step in range(1, steps + 1):
-        recursion.advance(product(recursion.current), 1.0)
-        inner, last = recursion.offdiagonal[:, :-1], recursion.offdiagonal[:, -1]
-        scale = torch.maximum(recursion.diagonal.abs().amax(1), recursion.offdiagonal.abs().amax(1))
-        finite, broken = torch.isfinite(scale), last <= _ROUNDING * torch.finfo(starts.dtype).eps * scale
+        recursion.advance(product(recursion.current))
+        _, finite, broken = recursion.ends()
         done = decide(broken | ~finite) if step < steps else torch.ones_like(broken)
         iterations[recursion.rows] = step
         if bool(done.any()):
             good = done & finite
-            rows = recursion.rows[good]
-            matrices = torch.diag_embed(recursion.diagonal) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
-            values, vectors = torch.linalg.eigh(matrices[good])
+            rows, matrices = recursion.rows[good], recursion.matrices()[good]
+            values, vectors = torch.linalg.eigh(matrices)
             nodes[rows] = values[:, torch.arange(steps).clamp(max=step - 1)]
             weights[rows] = pad(vectors[:, 0].square(), (0, steps - step))
-            ceiling[rows] = _christoffel(matrices[good])
+            ceiling[rows] = _christoffel(matrices)
             complete[rows] = broken[good] | (step < steps)
             if bool(done.all()):
                 break

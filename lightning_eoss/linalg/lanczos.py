@@ -13,7 +13,6 @@ the probability of failure).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ _ROUNDING = 10  # times eps and the operator's scale: what is below that is roun
 
 @dataclass(frozen=True, eq=False)
 class LanczosResult:
-    """Extreme eigenpairs of B symmetric operators, the wanted end first.
+    """Top eigenpairs of B symmetric operators, the largest first.
 
     Numbers are float64 on the CPU, whatever the operators' precision and device. Where a row has fewer than k pairs
     (P < k, or a stop after fewer than k steps) the rest is NaN.
@@ -71,7 +70,6 @@ def lanczos(
     start: Tensor,
     *,
     k: int = 1,
-    which: Literal["largest", "smallest"] = "largest",
     tol: float = 1e-6,
     min_steps: int = 1,
     max_steps: int = 100,
@@ -82,7 +80,7 @@ def lanczos(
     generator: torch.Generator | None = None,
     decide: Callable[[Tensor], Tensor] = lambda done: done,
 ) -> LanczosResult:
-    r"""Extreme eigenvalues of B symmetric operators by the Lanczos recursion.
+    r"""Largest eigenvalues of B symmetric operators by the Lanczos recursion; negate them for the smallest.
 
     .. math:: A Q_m = Q_m T_m + \beta_m q_{m+1} e_m^\top, \qquad T_m s = \theta s
         \;\Rightarrow\; \lVert A Q_m s - \theta Q_m s \rVert = \beta_m |s_m|.
@@ -102,7 +100,6 @@ def lanczos(
         matvec: ``(B, P) -> (B, P)``, row b times operator b. It must not change its argument.
         start: ``(B, P)`` starts, none of them zero; its dtype and device are those of the recursion.
         k: Number of eigenpairs a row.
-        which: The end of the spectrum, by algebraic value.
         tol: A row stops where its leading residuals are at most ``tol * |value|``.
         min_steps: No row stops before, unless its Krylov space is exhausted.
         max_steps: No row goes on after.
@@ -126,29 +123,29 @@ def lanczos(
         >>> [round(float(value), 9) for value in result.values[:, 0]]
         [4.0, 3.0]
     """
-    _check(start, k, which, tol, min_steps, max_steps, leading, image)
+    _check(start, k, tol, min_steps, max_steps, leading, image)
     num_rows, dim = start.shape
     leading = min(leading or k, dim)
-    sign = 1.0 if which == "largest" else -1.0
     generator = generator or torch.Generator().manual_seed(_SEED)
     known = 0 if image is None else 1
     if vectors or k > 1:
         max_steps = min(max_steps, dim)
 
     result = _unknown(start, k, vectors)
-    recursion = _Recursion.starting(start, keep_basis=vectors or k > 1)
-    product = matvec if image is None else _Known(image / torch.linalg.vector_norm(start, dim=1, keepdim=True))
+    recursion, product = _Recursion(start, keep_basis=vectors or k > 1), matvec
     for step in range(1, max_steps + 1):
-        recursion.advance(product(recursion.current), sign)
+        if image is not None and step == 1:
+            recursion.advance(image / torch.linalg.vector_norm(start, dim=1, keepdim=True))
+        else:
+            recursion.advance(product(recursion.current))
         ritz = recursion.ritz()
         if step == 1:
-            result.start_quotients.copy_(sign * recursion.diagonal[:, 0])
-            product = matvec
+            result.start_quotients.copy_(recursion.diagonal[:, 0])
         settled = ritz.exhausted(leading, dim) | (ritz.within(tol, leading) if step >= min_steps else False)
         done = decide(settled | ~ritz.finite) if step < max_steps else torch.ones_like(settled)
         result.iterations[recursion.rows] = step - known
         if bool(done.any()):
-            _record(result, recursion, ritz, done, settled, sign)
+            _record(result, recursion, ritz, done, settled)
             if bool(done.all()):
                 break
             recursion.keep(~done)
@@ -158,48 +155,23 @@ def lanczos(
     return result
 
 
-class _Known:
-    """A product that has been taken already."""
-
-    def __init__(self, image: Tensor) -> None:
-        self.image = image
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        return self.image
-
-
-@dataclass(eq=False)
 class _Recursion:
     """The A recursions that go on, of B that began; after step m."""
 
-    rows: Tensor  # (A,) which of the B they are
-    current: Tensor  # (A, P) q_m; between `advance` and `turn` beta_m q_{m+1}
-    previous: Tensor  # (A, P) q_{m-1}; between `advance` and `turn` q_m
-    beta: Tensor  # (A,) the factor between these two, on their device
-    basis: Tensor | None  # (A, at least m, P) all of q_1 ... q_m, where they are needed
-    diagonal: Tensor  # (A, m) alpha, float64 on the CPU as the following
-    offdiagonal: Tensor  # (A, m) beta; its last entry leads out of the Krylov space
-    block: Tensor  # (A,) where the present Krylov space began: 0, or the step of the last breakdown
-
-    @staticmethod
-    def starting(start: Tensor, *, keep_basis: bool) -> "_Recursion":
-        """Step 0."""
+    def __init__(self, start: Tensor, *, keep_basis: bool) -> None:
         num_rows, dim = start.shape
-        none = torch.empty(num_rows, 0, dtype=torch.float64)
-        return _Recursion(
-            rows=torch.arange(num_rows),
-            current=start / torch.linalg.vector_norm(start, dim=1, keepdim=True),
-            previous=torch.zeros_like(start),
-            beta=start.new_zeros(num_rows),
-            basis=start.new_empty(num_rows, 0, dim) if keep_basis else None,
-            diagonal=none,
-            offdiagonal=none,
-            block=torch.zeros(num_rows, dtype=torch.int64),
-        )
+        self.rows = torch.arange(num_rows)  # (A,) which of the B they are
+        # (A, P) q_m and q_{m-1}, and between `advance` and `turn` beta_m q_{m+1} and q_m, with (A,) beta_m beside them
+        self.current = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
+        self.previous = torch.zeros_like(start)
+        self.beta = start.new_zeros(num_rows)
+        self.basis = start.new_empty(num_rows, 0, dim) if keep_basis else None  # (A, at least m, P) all of q_1 ... q_m
+        self.diagonal = torch.empty(num_rows, 0, dtype=torch.float64)  # (A, m) alpha, on the CPU as the following
+        self.offdiagonal = self.diagonal  # (A, m) beta; its last entry leads out of the Krylov space
+        self.block = torch.zeros(num_rows, dtype=torch.int64)  # (A,) where that space began: 0, or the last breakdown
 
-    def advance(self, image: Tensor, sign: float) -> None:
+    def advance(self, image: Tensor) -> None:
         """One step, from the products of the current vectors."""
-        image = sign * image if sign != 1 else image
         alpha = torch.linalg.vecdot(image, self.current)
         rest = torch.addcmul(image, self.current, -alpha[:, None])  # new memory: the image may be anyone's
         rest.addcmul_(self.previous, -self.beta[:, None])
@@ -214,16 +186,23 @@ class _Recursion:
         self.diagonal = torch.cat([self.diagonal, coefficients[0, :, None]], dim=1)
         self.offdiagonal = torch.cat([self.offdiagonal, coefficients[1, :, None]], dim=1)
 
-    def ritz(self) -> "_Ritz":
-        """Eigenpairs of the tridiagonal matrices."""
-        inner, last = self.offdiagonal[:, :-1], self.offdiagonal[:, -1]
+    def matrices(self) -> Tensor:
+        """(A, m, m) the tridiagonal matrices."""
+        inner = self.offdiagonal[:, :-1]
+        return torch.diag_embed(self.diagonal) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
+
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(A,) each: rounding noise of the operator, whether all is finite, whether the Krylov space is invariant."""
         scale = torch.maximum(self.diagonal.abs().amax(1), self.offdiagonal.abs().amax(1))
         noise = _ROUNDING * torch.finfo(self.current.dtype).eps * scale
-        finite, broken = torch.isfinite(scale), last <= noise
-        matrix = torch.diag_embed(self.diagonal) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
-        values, weights = torch.linalg.eigh(torch.where(finite[:, None, None], matrix, 0.0))
+        return noise, torch.isfinite(scale), self.offdiagonal[:, -1] <= noise
+
+    def ritz(self) -> "_Ritz":
+        """Eigenpairs of the tridiagonal matrices."""
+        noise, finite, broken = self.ends()
+        values, weights = torch.linalg.eigh(torch.where(finite[:, None, None], self.matrices(), 0.0))
         values, weights = values.flip(-1), weights.flip(-1)
-        residuals = torch.where(broken, 0.0, last)[:, None] * weights[:, -1, :].abs()
+        residuals = torch.where(broken, 0.0, self.offdiagonal[:, -1])[:, None] * weights[:, -1, :].abs()
         return _Ritz(values, weights, residuals, noise, finite, broken, self.block)
 
     def keep(self, rows: Tensor) -> None:
@@ -252,7 +231,7 @@ class _Recursion:
 
 @dataclass(frozen=True, eq=False)
 class _Ritz:
-    """The m Ritz pairs of A recursions, largest first (of the negated operators where the smallest are wanted)."""
+    """The m Ritz pairs of A recursions, largest first."""
 
     values: Tensor  # (A, m)
     weights: Tensor  # (A, m, m) their vectors in the Lanczos basis, one a column
@@ -302,13 +281,11 @@ def _unknown(start: Tensor, k: int, vectors: bool) -> LanczosResult:
     )
 
 
-def _record(
-    result: LanczosResult, recursion: _Recursion, ritz: _Ritz, done: Tensor, settled: Tensor, sign: float
-) -> None:
+def _record(result: LanczosResult, recursion: _Recursion, ritz: _Ritz, done: Tensor, settled: Tensor) -> None:
     """Fills in the rows that are done."""
     good = done & ritz.finite
     rows, pairs = recursion.rows[good], min(result.values.shape[1], ritz.values.shape[1])
-    result.values[rows, :pairs] = sign * ritz.values[good, :pairs]
+    result.values[rows, :pairs] = ritz.values[good, :pairs]
     result.residuals[rows, :pairs] = ritz.residuals[good, :pairs]
     result.converged[rows] = settled[good]
     if result.vectors is not None and recursion.basis is not None:
@@ -342,28 +319,24 @@ def _padded(matvec: Matvec, rows: Tensor, num_rows: int) -> Matvec:
     return product
 
 
-def _check(
-    start: Tensor,
-    k: int,
-    which: str,
-    tol: float,
-    min_steps: int,
-    max_steps: int,
-    leading: int | None,
-    image: Tensor | None,
-) -> None:
-    """Refuses arguments out of range."""
+def check_start(name: str, start: Tensor) -> None:
+    """Refuses what is no rows to start from."""
     if start.ndim != 2 or 0 in start.shape or not start.is_floating_point():
         raise ValueError(
-            f"start must be a floating-point (B, P) tensor, got {start.dtype} of shape {tuple(start.shape)}."
+            f"{name} must be a floating-point (B, P) tensor, got {start.dtype} of shape {tuple(start.shape)}."
         )
+
+
+def _check(
+    start: Tensor, k: int, tol: float, min_steps: int, max_steps: int, leading: int | None, image: Tensor | None
+) -> None:
+    """Refuses arguments out of range."""
+    check_start("start", start)
     if image is not None and (image.shape != start.shape or image.dtype != start.dtype):
         raise ValueError(
             f"image must be the product of start, {start.dtype} of shape {tuple(start.shape)}, "
             f"got {image.dtype} of shape {tuple(image.shape)}."
         )
-    if which not in ("largest", "smallest"):
-        raise ValueError(f"which={which!r} is not an end of the spectrum: use 'largest' or 'smallest'.")
     if not tol >= 0:
         raise ValueError(f"tol={tol} is a relative residual and cannot be negative.")
     if not 1 <= min_steps <= max_steps:
