@@ -38,19 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="{demo,report}")
 
     demo = commands.add_parser("demo", help="train a small network on digits, up to the edge of stability")
-    count = _ranged(int, 1)
-    demo.add_argument("--max-steps", type=count, default=4000, help="steps to train (%(default)s)")
-    demo.add_argument(
-        "--batch-size", type=_ranged(int, 1, 1024), default=16, help="up to 1024, which is all the data (%(default)s)"
-    )
-    demo.add_argument(
-        "--learning-rate", type=_ranged(float, 1e-9), default=1.0, help="the threshold is 2/lr (%(default)s)"
-    )
-    demo.add_argument("--every-n-train-steps", type=count, default=100, help="steps between measurements (%(default)s)")
-    demo.add_argument("--seed", type=_ranged(int, 0, 2**32 - 1), default=0, help="of weights and batches (%(default)s)")
-    demo.add_argument(
-        "--out", type=Path, default=Path(), help="directory for lightning_logs and sharpness.png (%(default)s)"
-    )
+    for option, kind, default, words in (
+        ("--max-steps", _ranged(int, 1), 4000, "steps to train"),
+        ("--batch-size", _ranged(int, 1, 1024), 16, "up to 1024, which is all the data"),
+        ("--learning-rate", _ranged(float, 1e-9), 1.0, "the threshold is 2/lr"),
+        ("--every-n-train-steps", _ranged(int, 1), 100, "steps between measurements"),
+        ("--seed", _ranged(int, 0, 2**32 - 1), 0, "of weights and batches"),
+        ("--out", Path, Path(), "directory for lightning_logs and sharpness.png"),
+    ):
+        demo.add_argument(option, type=kind, default=default, help=f"{words} (%(default)s)")
     demo.set_defaults(run=_demo)
 
     report = commands.add_parser("report", help="tabulate and draw a run from its TensorBoard files")

@@ -104,12 +104,9 @@ def train(
     with warnings.catch_warnings():  # Lightning's advice on workers and the like, which a demonstration does not need
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-        trainer = _trainer(
-            max_steps=max_steps,
-            # No cut by time: on how many samples FullBS is measured must not depend on how busy the machine is.
-            callbacks=[SharpnessMonitor(every_n_train_steps=every_n_train_steps, seed=seed)],
-            logger=logger,
-        )
+        # No cut by time: on how many samples FullBS is measured must not depend on how busy the machine is.
+        monitor = SharpnessMonitor(every_n_train_steps=every_n_train_steps, seed=seed)
+        trainer = _trainer(max_steps=max_steps, callbacks=[monitor], logger=logger)
         trainer.fit(DigitsMLP(learning_rate), DataLoader(digits(), batch_size, shuffle=True))
     return Path(logger.log_dir)
 

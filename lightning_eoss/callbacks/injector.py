@@ -145,13 +145,9 @@ class GradientNoiseInjector(Callback):
         if self.noise == "none":
             terms = (part.weight * gradient_graph(objective, part, create_graph=False).gradient for part in parts)
             return sum(terms, torch.zeros(()))
-        mean, noise = gradient_with_noise(
-            (rows for part in parts for rows in sample_gradients(objective, part, at_once)),
-            count,
-            noise=self.noise,
-            batch_size=size,
-            generator=torch.Generator().manual_seed(derived_seed(self.seed, 2, step)),
-        )
+        gradients = (rows for part in parts for rows in sample_gradients(objective, part, at_once))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, 2, step))
+        mean, noise = gradient_with_noise(gradients, count, noise=self.noise, batch_size=size, generator=generator)
         return mean + noise
 
     def _begin(self, objective: Objective, part: Part, count: int, size: int, at_once: int) -> None:

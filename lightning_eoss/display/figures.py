@@ -87,8 +87,7 @@ def sharpness_figure(curves: Mapping[str, Curve], *, title: str | None = None) -
         if tags.THRESHOLD_SMALL_BATCH in curves:
             steps, values = curves[tags.THRESHOLD_SMALL_BATCH]
             sharpness.plot(steps, values, ":", color=INK, lw=1.5, label="for small batches")
-        sharpness.set_ylim(min(bottom, 0), top)
-        sharpness.set_ylabel("sharpness")
+        sharpness.set(ylim=(min(bottom, 0), top), ylabel="sharpness")
         sharpness.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, markerscale=2)
         for ratio in below:
             _draw(ratio, curves, tags.EDGE_RATIO, BLUE)
@@ -145,8 +144,7 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
         if doubted:
             axes.plot([], [], "o", ms=5.3, mfc="white", mec=INK, label="hollow: not to be trusted")
         bottom, top = axes.get_ylim()
-        axes.set_ylim(min(bottom, 0), min(top, limit))
-        axes.set_xlabel("step")
+        axes.set(ylim=(min(bottom, 0), min(top, limit)), xlabel="step")
         axes.set_ylabel("edge ratio" if in_limits else "sharpness")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure

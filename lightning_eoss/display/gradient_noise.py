@@ -68,22 +68,12 @@ def noise_figure(noise: GradientNoise, *, title: str | None = None) -> "Figure":
                 axes.fill_between(sizes, lower, upper, color=BLUE, alpha=0.18, lw=0)
         if points:
             ends = [(each.mean - max(each.lower, 1e-3 * each.mean), each.upper - each.mean) for _, each in points]
-            axes.errorbar(
-                [size for size, _ in points],
-                [each.mean for _, each in points],
-                yerr=np.nan_to_num(np.array(ends).T),
-                fmt="o",
-                color=VERMILLION,
-                capsize=3,
-                lw=1.3,
-                ms=5,
-                label="measured over random batches",
-            )
+            sizes, means = [size for size, _ in points], [each.mean for _, each in points]
+            style: dict[str, Any] = {"fmt": "o", "color": VERMILLION, "capsize": 3, "lw": 1.3, "ms": 5}
+            errors = np.nan_to_num(np.array(ends).T)
+            axes.errorbar(sizes, means, yerr=errors, label="measured over random batches", **style)
         axes.axvline(noise.batch_size, color=GREY, ls="--", lw=1.2, label=f"b = {noise.batch_size:,}")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("batch size b")
-        axes.set_ylabel("variance of the gradient")
+        axes.set(xscale="log", yscale="log", xlabel="batch size b", ylabel="variance of the gradient")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure
 

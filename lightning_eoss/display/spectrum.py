@@ -65,9 +65,9 @@ def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":
     """
     with blank(8, 4.4, title) as figure:
         axes = figure.subplots()
-        labels = (f"full batch ({spectra.num_samples:,})", f"one batch ({spectra.batch_size:,})")
-        for density, color, label, width in zip(
-            (spectra.batch, spectra.full), (VERMILLION, BLUE), labels[::-1], (1.2, 2.2), strict=True
+        for density, color, width, label in (
+            (spectra.batch, VERMILLION, 1.2, f"one batch ({spectra.batch_size:,})"),
+            (spectra.full, BLUE, 2.2, f"full batch ({spectra.num_samples:,})"),
         ):
             nodes, weights = density.stems()
             seen = weights > _FAINTEST
@@ -82,10 +82,7 @@ def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":
             ends = [largest, smallest] if smallest < -edge / 2 else [largest]  # others are nothing but noise
             moved = [float(wigner_outlier(each, variance, **given)) for each in ends]
             axes.plot(moved, [3e-1] * len(moved), "v", color=INK, ms=7, label="predicted for a batch (Theorem 4)")
-        axes.set_yscale("log")
-        axes.set_ylim(_FAINTEST, 2)
-        axes.set_xlabel("eigenvalue")
-        axes.set_ylabel("share of the spectrum")
+        axes.set(yscale="log", ylim=(_FAINTEST, 2), xlabel="eigenvalue", ylabel="share of the spectrum")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
 

@@ -22,9 +22,7 @@ class Reading:
     step: int  # trainer.global_step of the measurement
     batch_size: int  # b of MiniBS(b)
     mini_batch: Estimate  # MiniBS's edge ratio; NaN where not measured
-    directional: (
-        Estimate  # the directional edge ratio, FullBS's where one batch is all there is; NaN where not measured
-    )
+    directional: Estimate  # the directional edge ratio, FullBS's where one batch is all; NaN where not measured
     full_batch: float  # FullBS's edge ratio; NaN where not measured
     num_samples: int  # that batches are drawn from
 
@@ -120,15 +118,11 @@ def saturation(point: CurvePoint, old_batch_size: float, new_batch_size: float, 
         nan
     """
     total = point.num_samples
-    if point.batch_size != min(old_batch_size, total) or step < point.step:
+    old, new = min(old_batch_size, total), min(new_batch_size, total)
+    if point.batch_size != old or step < point.step:
         return math.nan
-    return saturating_factor(
-        point.full_batch,
-        point.mini_batch,
-        old_batch_size=point.batch_size,
-        new_batch_size=min(new_batch_size, total),
-        dataset_size=total,
-    )
+    sharpness = point.full_batch, point.mini_batch
+    return saturating_factor(*sharpness, old_batch_size=old, new_batch_size=new, dataset_size=total)
 
 
 def limit_rate(

@@ -181,8 +181,7 @@ def _resolvent(subspace: OutlierSubspace, x: Array, quotients: Array) -> Array:
     """(draws, n) sum_t w_t / (x - nu_t - q_i); poles are cut off at a fiftieth of the full batch's eigenvalue."""
     least = max(abs(float(subspace.eigenvalues[0])) / 50, 1e-30)
     distance = x[:, None] - quotients
-    terms = zip(subspace.tail_weights, subspace.tail_nodes, strict=True)
     total = np.zeros_like(distance)
-    for weight, node in terms:
+    for weight, node in zip(subspace.tail_weights, subspace.tail_nodes, strict=True):
         total += weight / np.maximum(distance - node, least)
     return total

@@ -243,9 +243,8 @@ def marchenko_pastur_outlier(
     """
     if formula not in ("corrected", "additive", "paper"):
         raise ValueError(f"formula={formula!r} is unknown: choose 'corrected', 'additive' or 'paper'")
-    gamma = _not_negative("num_parameters", num_parameters) * np.asarray(
-        inverse_effective_batch_size(batch_size, dataset_size)
-    )
+    dim = _not_negative("num_parameters", num_parameters)
+    gamma = dim * np.asarray(inverse_effective_batch_size(batch_size, dataset_size))
     level = _not_negative("bulk", bulk)
     noise, pole = (gamma * level, level) if formula == "corrected" else (level, gamma * level)
     # Each outlier meets its edge at the threshold, so the edge is the outlier of an eigenvalue raised to the threshold.
@@ -393,9 +392,8 @@ def marchenko_pastur_critical_batch_size(
     level = float(_not_negative("bulk", bulk))
     k = max(eigenvalue / level - 1, 0.0) if level else math.inf
     gammas = np.array([k if k >= 1 else (math.sqrt(2 + 2 * k) - 1) ** 2, k**2])
-    return CriticalBatchSize(
-        *_batch_size_at(gammas / _not_negative("num_parameters", num_parameters), dataset_size).tolist()
-    )
+    u = gammas / _not_negative("num_parameters", num_parameters)
+    return CriticalBatchSize(*_batch_size_at(u, dataset_size).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -500,9 +498,8 @@ def fit_batch_size_curve(
     """
     u = np.asarray(inverse_effective_batch_size(_points(batch_sizes), dataset_size))
     y, error = _points(sharpness), _points(stderr)
-    valid = (
-        np.isfinite([*y, *error, eigenvalue, eigenvalue_stderr]).all() and (error > 0).all() and eigenvalue_stderr >= 0
-    )
+    finite = np.isfinite([*y, *error, eigenvalue, eigenvalue_stderr]).all()
+    valid = finite and (error > 0).all() and eigenvalue_stderr >= 0
     if not (valid and u.shape == y.shape == error.shape and u.all() and np.unique(u).size > 1):
         raise ValueError(
             f"{batch_sizes=}, {sharpness=}, {stderr=}, {eigenvalue=}, {eigenvalue_stderr=} fix no curve: pass finite "

@@ -207,10 +207,8 @@ def curve_factor(
         1.5
     """
     eigenvalue, c, d = curve.curves.T if conservative else curve.curves[:1].T
-    old, new = (
-        eigenvalue + c * u / (1 + d * u)
-        for u in (_u(size, curve.dataset_size) for size in (old_batch_size, new_batch_size))
-    )
+    shares = (_u(size, curve.dataset_size) for size in (old_batch_size, new_batch_size))
+    old, new = (eigenvalue + c * u / (1 + d * u) for u in shares)
     known = (old > 0) & (new > 0)  # a refit that is not positive allows nothing
     factors = np.divide(old, new, out=np.full(old.shape, -np.inf), where=known)
     factor = float(np.quantile(factors[1:], _CONFIDENCE, method="nearest") if conservative else factors[0])

@@ -233,13 +233,9 @@ def shifted(estimate: Estimate, offset: float, error: float = 0.0) -> Estimate:
         >>> shifted(Estimate(2.0, 0.25, 1.5, 2.5, (1.0, 3.0)), 1.0, error=0.25)
         Estimate(mean=1.0, stderr=0.25, lower=0.25, upper=1.75)
     """
-    return Estimate(
-        mean=estimate.mean - offset,
-        stderr=estimate.stderr,
-        lower=estimate.lower - offset - error,
-        upper=estimate.upper - offset + error,
-        values=tuple(value - offset for value in estimate.values),
-    )
+    lower, upper = estimate.lower - offset - error, estimate.upper - offset + error
+    values = tuple(value - offset for value in estimate.values)
+    return Estimate(estimate.mean - offset, estimate.stderr, lower, upper, values)
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -256,14 +252,9 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
         >>> scaled(Estimate(2.0, 0.25, 1.5, 3.0, (1.0, 3.0)), -2.0)
         Estimate(mean=-4.0, stderr=0.5, lower=-6.0, upper=-3.0)
     """
-    bounds = (estimate.lower, estimate.upper) if factor >= 0 else (estimate.upper, estimate.lower)
-    return Estimate(
-        mean=estimate.mean * factor,
-        stderr=estimate.stderr * abs(factor),
-        lower=bounds[0] * factor,
-        upper=bounds[1] * factor,
-        values=tuple(value * factor for value in estimate.values),
-    )
+    lower, upper = (estimate.lower, estimate.upper) if factor >= 0 else (estimate.upper, estimate.lower)
+    values = tuple(value * factor for value in estimate.values)
+    return Estimate(estimate.mean * factor, estimate.stderr * abs(factor), lower * factor, upper * factor, values)
 
 
 def phase(points: Sequence[Estimate]) -> int | None:
