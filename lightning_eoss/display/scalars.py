@@ -70,17 +70,15 @@ def prediction_scalars(prediction: SharpnessPrediction) -> dict[str, float]:
         tags.PREDICTION_WIGNER: prediction.wigner[0],
         tags.PREDICTION_MARCHENKO_PASTUR: prediction.marchenko_pastur[0],
     }
-    estimates = {
-        tags.PREDICTION_VARIANCE: prediction.variance,
-        tags.PREDICTION_RANK: prediction.rank,
-        tags.PREDICTION_CRITICAL_BATCH_SIZE: prediction.critical_batch_size,
-        **{tag: model.estimate for tag, model in models.items()},
+    values = {
+        tags.PREDICTION_OVERLAP: prediction.overlap[0],
+        **with_interval(tags.PREDICTION_VARIANCE, prediction.variance),
+        **with_interval(tags.PREDICTION_RANK, prediction.rank),
+        **with_interval(tags.PREDICTION_CRITICAL_BATCH_SIZE, prediction.critical_batch_size),
     }
-    values = {tags.PREDICTION_OVERLAP: prediction.overlap[0]}
-    for tag, estimate in estimates.items():
-        values |= with_interval(tag, estimate)
-    flags = {tags.trusted(tag): float(model.trusted) for tag, model in models.items()}
-    return {**finite(values), **flags}
+    for tag, model in models.items():
+        values |= {**with_interval(tag, model.estimate), tags.trusted(tag): float(model.trusted)}
+    return finite(values)
 
 
 def _sharpness(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits) -> dict[str, float]:
