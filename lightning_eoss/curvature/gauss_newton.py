@@ -13,6 +13,7 @@ G depends on what is called the outputs: a loss that is linear in them (negative
 has G = 0. An `OutputsFn` names them, either the user's own or a discovered one (`discovered_outputs`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.objective import (
-    Batch,
-    Objective,
-    Part,
-    random_batches,
-    real,
-    scalar,
-    split,
-)
+from lightning_eoss.curvature.objective import Batch, Objective, Part, random_batches, real, scalar
 from lightning_eoss.curvature.operators import (
     HESSIAN,
     Curvature,
@@ -89,12 +82,10 @@ def discovered_outputs(loss: Callable[[Any], Tensor]) -> OutputsFn:
         if not found.requires_grad:  # a batch that training skips
             return found, lambda outputs: outputs
         value = float(found.detach())
-        made = [
-            call
-            for call in watch.calls
-            if call.function in _LOSSES and call.result.requires_grad and call.result.numel() == 1
-            if float(call.result.detach()) == value or value != value  # NaN equals nothing
-        ]
+        losses = (call for call in watch.calls if call.function in _LOSSES and call.result.requires_grad)
+        scalars = [call for call in losses if call.result.numel() == 1]
+        # NaN equals nothing
+        made = [call for call in scalars if float(call.result.detach()) == value or math.isnan(value)]
         if not made:
             raise ValueError(
                 f"The loss, {value:.6g}, is not the result of one call of {_NAMES}, so what it is a function of cannot "
@@ -237,10 +228,9 @@ def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Object
     if operator == "hessian":
         return HESSIAN
     found = outputs_fn or discovered_outputs(objective.loss)
-    size = min(max(batch_size, 2), objective.source.num_samples)
-    if not objective.source.divisible:
-        size = 1  # each is a batch
-    check_outputs(objective, found, next(random_batches(objective.source, size, seed=0))[0])
+    source = objective.source
+    size = min(max(batch_size, 2), source.num_samples) if source.divisible else 1  # where each is a batch
+    check_outputs(objective, found, next(random_batches(source, size, seed=0))[0])
     return gauss_newton(found)
 
 
@@ -305,16 +295,11 @@ def _linearised(outputs_fn: OutputsFn, objective: Objective, part: Part, *, crea
     pulled = torch.autograd.grad(
         network, objective.parameters, direction, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
+    gradient = flattened(pulled, objective.parameters, krylov_dtype(objective))
     places = [place for place, each in enumerate(pulled) if each is not None and create_graph]
+    outputs = [pulled[place] for place in places]
     return _Linearised(
-        loss=loss.detach(),
-        gradient=flattened(pulled, objective.parameters, krylov_dtype(objective)),
-        outputs=[pulled[place] for place in places],
-        places=places,
-        network=network,
-        direction=direction,
-        leaf=leaf,
-        slope=slope,
+        loss.detach(), gradient, outputs, places, network=network, direction=direction, leaf=leaf, slope=slope
     )
 
 
@@ -339,9 +324,11 @@ def _difference(
     outputs_fn: OutputsFn, objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0
 ) -> Tensor:
     """(P,) G v with a central difference of the outputs for J v."""
-    image = central_difference(
-        objective, lambda: _evaluated(outputs_fn, objective, part)[0].detach(), vector, length=length
-    )
+
+    def outputs() -> Tensor:
+        return _evaluated(outputs_fn, objective, part)[0].detach()
+
+    image = central_difference(objective, outputs, vector, length=length)
     graph = _linearised(outputs_fn, objective, part, create_graph=False)
     return _pulled_back(objective, graph, image, vector, keep=False)
 
@@ -355,48 +342,7 @@ def _pulled_back(objective: Objective, graph: Graph, image: Tensor, vector: Tens
     return flattened(pieces, objective.parameters, vector.dtype)
 
 
-# ---- all eigenvalues of small batches --------------------------------------------------------------------------------
-
-
-def gauss_newton_eigenvalues(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
-    r"""All nonzero eigenvalues of a small batch's G from an m x m matrix, m = b d_z the number of its outputs.
-
-    .. math:: \operatorname{spec}(J^\top M J) \setminus 0 = \operatorname{spec}(K^{1/2} M K^{1/2}) \setminus 0, \qquad
-        K = J J^\top, \quad M = \partial^2 \ell / \partial z^2
-
-    The square root is K's, which is always positive semidefinite, so M need not be: exact for any loss.
-
-    Cost: about m gradients of the batch for J (64 rows at a time), then m^2 P and m^3 operations in float64; holds J,
-    m x P numbers. For the top alone, an operator with `gauss_newton` is cheaper unless the batch is tiny.
-
-    Args:
-        objective: The loss and its source.
-        batch: One batch, its parts weighted.
-        outputs_fn: The outputs and the loss as a function of them.
-
-    Returns:
-        (m,) in descending order, float64. If m < P the other P - m eigenvalues of G are 0; if m > P zeros are added.
-
-    Example:
-        Linear regression, x = 1 and x = 3: G = H = (1 + 9) / 2.
-
-        >>> from lightning_eoss.curvature.isolation import isolated
-        >>> from lightning_eoss.curvature.objective import DatasetSource
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> loss = lambda batch: F.mse_loss(model(batch[0]), batch[1]) / 2
-        >>> outputs_fn = lambda module, batch: (module(batch[0]), lambda z: F.mse_loss(z, batch[1]) / 2)
-        >>> data = [(torch.tensor([x]), torch.tensor([0.0])) for x in (1.0, 3.0)]
-        >>> with isolated(model) as isolation:
-        ...     objective = Objective(model, loss, DatasetSource(data), isolation)
-        ...     values = gauss_newton_eigenvalues(objective, (Part(1.0, 2, (0, 1)),), outputs_fn)
-        >>> round(float(values[0]), 6), round(float(values[1]), 6)
-        (5.0, 0.0)
-    """
-    jacobian, middle = _jacobian(objective, batch, outputs_fn)
-    values, vectors = torch.linalg.eigh(jacobian @ jacobian.T)
-    root = vectors * values.clamp(min=0).sqrt()
-    found: Tensor = torch.linalg.eigvalsh(root.T @ middle @ root)
-    return found.flip(0)
+# ---- Jacobians of small batches --------------------------------------------------------------------------------------
 
 
 def ntk(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
@@ -406,7 +352,7 @@ def ntk(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
     over the outputs and averaged over the samples; :class:`torch.nn.MSELoss` has G = 2 / d_z times this. For cross
     entropy the kernel lacks the softmax's curvature, which is 1/2 at most.
 
-    Cost: as `gauss_newton_eigenvalues`.
+    Cost: about m gradients of the batch (64 rows at a time); holds m x P numbers.
 
     Args:
         objective: The network and its source.
@@ -418,44 +364,12 @@ def ntk(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, appendix D.
     """
-    jacobian, _ = _jacobian(objective, batch, outputs_fn)
-    return jacobian @ jacobian.T / sum(part.size for part in batch)
+    rows, _ = jacobian(objective, batch, outputs_fn)
+    return rows @ rows.T / sum(part.size for part in batch)
 
 
-def empirical_fisher_eigenvalues(objective: Objective, batch: Batch) -> Tensor:
-    r"""All nonzero eigenvalues of :math:`\frac{1}{n} \sum_i g_i g_i^\top`, g_i the gradients of the n samples' losses.
-
-    They are those of the n x n matrix of the gradients' products. Not the Fisher matrix: labels are the data's. Defined
-    where the loss of a batch is a mean or a sum over its samples (`preflight.reduction`).
-
-    Cost: n gradients of one sample each; holds n x P numbers.
-
-    Args:
-        objective: The loss and its source.
-        batch: One batch, whose parts are split into samples; weights as a mean has them.
-
-    Returns:
-        (n,) in descending order, float64.
-
-    Raises:
-        ValueError: If a part cannot be split because its samples are loaded already.
-    """
-    samples = split(batch, 1)
-    if any(part.size != 1 for part in samples):
-        raise ValueError(
-            "batch has parts that were loaded as a whole, so the gradients of their samples are not to be had. Draw "
-            "the batch from a source with indices."
-        )
-    rows = [
-        gradient_graph(objective, part, create_graph=False).gradient.double() * part.weight**0.5 for part in samples
-    ]
-    gradients = torch.stack(rows)
-    values: Tensor = torch.linalg.eigvalsh(gradients @ gradients.T)
-    return values.flip(0)
-
-
-def _jacobian(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> tuple[Tensor, Tensor]:
-    """(m, P) Jacobian of all outputs, and the (m, m) weighted Hessian of the criteria, float64."""
+def jacobian(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> tuple[Tensor, Tensor]:
+    """The (m, P) Jacobian of all outputs, and the (m, m) weighted Hessian of the criteria, float64."""
     jacobians, hessians = [], []
     for part in batch:
         network, leaf, loss = _evaluated(outputs_fn, objective, part)

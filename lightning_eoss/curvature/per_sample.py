@@ -14,42 +14,24 @@ from lightning_eoss.curvature.operators import gradient_graph, krylov_dtype, los
 TOLERANCE = 1e-3  # of their mean against the part's own gradient, in units of their root mean square norm
 
 
-def per_sample_gradients(objective: Objective, part: Part) -> Tensor:
-    r"""Gradients of the losses of a part's single samples.
+def sample_gradients(objective: Objective, part: Part, at_once: int) -> Iterator[Tensor]:
+    r"""Gradients of the losses of a part's single samples, cut from the loaded part: no sample is loaded twice.
 
     .. math:: g_i = \nabla \ell_i(\theta), \qquad \frac1b \sum_{i=1}^b g_i = \nabla L_B(\theta)
 
-    All at once through `torch.vmap` where the module allows it, else one after another. Which is found out by trying:
-    what was cut from the batch must have the batch's gradient as its mean.
+    All of a block at once through `torch.vmap` where the module allows it, else one after another. Whether what is cut
+    has the batch's gradient as its mean is found out by trying: whoever adds them up should ask `is_mean` in the end.
 
     Cost: what b P numbers take to be written: three gradients of the part for convolutions, up to fifty for wide linear
-    layers on a CPU. And one gradient to compare with; b more where they are taken one after another.
+    layers on a CPU; b gradients where they are taken one after another.
 
     Args:
         objective: The loss, a mean over samples (`Findings.reduction == "mean"`); of others no sample has a loss.
-        part: The samples. All their gradients must fit the memory: `sample_gradients` takes a few at a time.
-
-    Returns:
-        (b, P), in the Krylov dtype, in the order of the samples.
-    """
-    rows = torch.cat(list(sample_gradients(objective, part, part.size)))
-    if is_mean(rows.mean(0), gradient_graph(objective, part, create_graph=False).gradient, rows.square().sum(1).mean()):
-        return rows
-    return torch.stack([_alone(objective, piece) for piece in split((part,), 1)])
-
-
-def sample_gradients(objective: Objective, part: Part, at_once: int) -> Iterator[Tensor]:
-    """The same a few samples at a time, cut from the loaded part, so that no sample is loaded twice.
-
-    Cost: the same, without the comparison. Whoever adds them up should ask `is_mean` in the end.
-
-    Args:
-        objective: The loss, a mean over samples.
         part: The samples.
         at_once: Gradients that are held together, at most.
 
     Yields:
-        (at_once, P), the last block may be smaller.
+        (at_once, P), in the Krylov dtype, in the order of the samples; the last block may be smaller.
     """
     batch, size = objective.load(part), part.size
     if not _is_cuttable(batch, size):

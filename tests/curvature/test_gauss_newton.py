@@ -16,13 +16,12 @@ from lightning_eoss.curvature.gauss_newton import (
     check_outputs,
     curvature_of,
     discovered_outputs,
-    empirical_fisher_eigenvalues,
     gauss_newton,
-    gauss_newton_eigenvalues,
     ntk,
 )
 from lightning_eoss.curvature.objective import Batch, Objective, Part, full_batch, random_batches, split
 from lightning_eoss.curvature.operators import Scaling, Sequential
+from tests.oracles import empirical_fisher_eigenvalues, gauss_newton_eigenvalues
 from tests.problems import (
     Attention,
     Tied,

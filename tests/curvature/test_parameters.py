@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_eoss import GradientNoiseMonitor, SpectralDensityMonitor, measure_sharpness
-from lightning_eoss.curvature.gauss_newton import gauss_newton, gauss_newton_eigenvalues
+from lightning_eoss.curvature.gauss_newton import gauss_newton
 from lightning_eoss.curvature.objective import Part, full_batch, real
 from lightning_eoss.curvature.operators import Sequential, Stacked, difference_product
-from lightning_eoss.curvature.per_sample import per_sample_gradients
 from lightning_eoss.curvature.preflight import preflight
 from lightning_eoss.theory.stability import NoLimits, stability_limits
+from tests.oracles import gauss_newton_eigenvalues, per_sample_gradients
 from tests.problems import (
     LossFn,
     assert_close,

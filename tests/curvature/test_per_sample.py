@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lightning_eoss.curvature import per_sample
 from lightning_eoss.curvature.objective import Objective, Part, full_batch
 from lightning_eoss.curvature.operators import gradient_graph
-from lightning_eoss.curvature.per_sample import is_mean, per_sample_gradients, sample_gradients, vectorises
+from lightning_eoss.curvature.per_sample import is_mean, sample_gradients, vectorises
+from tests import oracles
+from tests.oracles import per_sample_gradients
 from tests.problems import (
     Attention,
     Tempered,
@@ -51,7 +53,8 @@ def test_they_are_those_of_autograd_one_by_one(net: Any, loss_fn: Any, monkeypat
         taken.append(part.size)
         return gradient_graph(objective, part, **options)
 
-    monkeypatch.setattr(per_sample, "gradient_graph", graph)
+    for module in (per_sample, oracles):
+        monkeypatch.setattr(module, "gradient_graph", graph)
     model = made(net)
     expected = one_by_one(model, loss_fn)
     with objective_of(model, loss_fn, DATA) as objective:
