@@ -59,7 +59,6 @@ def isolated(module: nn.Module, objects: Iterable[Any] = ()) -> Iterator[Isolati
         >>> int(layer.num_batches_tracked)
         0
     """
-    modules, parameters = list(module.modules()), list(module.parameters())
     global_generators = noted_generators()
     with torch.inference_mode(False):  # what is copied here must be writable later
         snapshot = Snapshot(module, objects)
@@ -80,10 +79,10 @@ def isolated(module: nn.Module, objects: Iterable[Any] = ()) -> Iterator[Isolati
     failure: BaseException | None = None
     try:
         with contextlib.ExitStack() as stack:
-            for parameter in parameters:
+            for parameter in module.parameters():
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
                 parameter._backward_hooks = None
-            for context in _contexts(modules, parameters):
+            for context in _contexts(module):
                 stack.enter_context(context)
             yield Isolation(restore, reseed)
     except BaseException as error:
@@ -99,16 +98,14 @@ def isolated(module: nn.Module, objects: Iterable[Any] = ()) -> Iterator[Isolati
             raise ValueError(complaint) from failure
 
 
-def _contexts(
-    modules: list[nn.Module], parameters: list[nn.Parameter]
-) -> Iterator[contextlib.AbstractContextManager[Any]]:
+def _contexts(module: nn.Module) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """The backends under which a loss can be differentiated twice."""
     yield torch.inference_mode(False)
     yield torch.enable_grad()
-    for device_type in {"cpu", *(parameter.device.type for parameter in parameters)}:
+    for device_type in {"cpu", *(parameter.device.type for parameter in module.parameters())}:
         yield torch.autocast(device_type, enabled=False)
     yield sdpa_kernel(SDPBackend.MATH)
-    if any(isinstance(each, nn.RNNBase) for each in modules):
+    if any(isinstance(each, nn.RNNBase) for each in module.modules()):
         yield torch.backends.cudnn.flags(enabled=False)
     if "torch._dynamo" in sys.modules:  # not imported: nothing is compiled
         yield torch.compiler.set_stance("force_eager")

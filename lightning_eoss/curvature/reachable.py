@@ -42,13 +42,7 @@ _STANDARD = ("collections", "types", "argparse")
 _TORCH = ("torch.optim", "torch.utils.data", "torch.nn", "torch.distributions", "torch.amp", "torch.cuda.amp")
 # Whatever is derived from these lives: other threads change it, or it is what runs this very measurement.
 _LIGHTNING = (
-    "trainer",
-    "loops",
-    "loggers",
-    "strategies",
-    "plugins",
-    "profilers",
-    "callbacks.progress",
+    *("trainer", "loops", "loggers", "strategies", "plugins", "profilers", "callbacks.progress"),
     "utilities.combined_loader",
 )
 _ALIVE = (

@@ -5,7 +5,6 @@ Nothing is written that has not changed: memory may be read-only, or mapped from
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from operator import is_
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_eoss.curvature.reachable import CONTAINERS, GENERATORS, members, reachable
 
-# Puts one thing back, and says whether it differed. False: between two evaluations, cheaply; True: for good.
-Note = Callable[[bool], bool]
+# Puts one thing back, a parameter's says whether it differed. False: between two evaluations, cheaply; True: for good.
+Note = Callable[[bool], object]
 
 _LONG = 1024  # entries of a container whose length alone is compared between evaluations
 _SHORT = 2**16  # bytes of a tensor or array whose content is compared between evaluations
@@ -93,11 +92,11 @@ class Snapshot:
 
 
 def _put_back(notes: Iterable[Note], *, for_good: bool) -> bool:
-    """Puts back, and says whether anything differed; what cannot be written is left alone."""
+    """Puts back, and says whether a parameter differed; what cannot be written is left alone."""
     changed = False
     for note in notes:
         try:
-            changed |= note(for_good)
+            changed |= bool(note(for_good))
         except Exception:
             continue
     return changed
@@ -139,9 +138,9 @@ def _container(value: Any) -> Note:
             and (not mapping or all(map(is_, kind.values(value), values)))
         )
 
-    def put_back(for_good: bool) -> bool:
+    def put_back(for_good: bool) -> None:
         if kind.__len__(value) == count and ((count > _LONG and not for_good) or same()):
-            return False
+            return
         if mapping:  # an attribute that did not change is there all the time
             noted = dict(zip(keys, values, strict=True))
             for key in [key for key in kind.__iter__(value) if key not in noted]:
@@ -150,26 +149,18 @@ def _container(value: Any) -> Note:
         if not same():
             kind.clear(value)
             kind.update(value, noted) if mapping else (kind.update if kind is set else kind.extend)(value, keys)
-        return True
 
     return put_back
 
 
 def _members(value: Any) -> Note:
     """Notes what the slots of an object hold, or a cell."""
+    noted = [_held(member, value) for member in members(value)]
 
-    def held() -> list[Any]:
-        return [_held(member, value) for member in members(value)]
-
-    noted = held()
-
-    def put_back(_: bool) -> bool:
-        changed = False
-        for member, old, new in zip(members(value), noted, held(), strict=True):
-            if old is not new:
-                changed = True
+    def put_back(_: bool) -> None:
+        for member, old in zip(members(value), noted, strict=True):
+            if old is not _held(member, value):
                 member.__delete__(value) if old is _UNSET else member.__set__(value, old)
-        return changed
 
     return put_back
 
@@ -194,9 +185,8 @@ def _tensor(tensor: Tensor, owned: bool) -> Note:
     extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     width = tensor.element_size()
     memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    memory.set_(
-        tensor.untyped_storage(), tensor.storage_offset() * width, (extent * width if tensor.numel() else 0,), (1,)
-    )
+    size = extent * width if tensor.numel() else 0
+    memory.set_(tensor.untyped_storage(), tensor.storage_offset() * width, (size,), (1,))
     noted = memory.clone()
     short = owned and memory.is_cpu and len(memory) <= _SHORT
 
@@ -248,13 +238,10 @@ def _array(array: "np.ndarray[Any, Any]") -> Note:
     """Notes an array's elements."""
     noted = array.copy()
 
-    def put_back(for_good: bool) -> bool:
-        if not array.flags.writeable or (array.nbytes > _SHORT and not for_good):
-            return False
-        if array.tobytes() == noted.tobytes():
-            return False
-        np.copyto(array, noted)
-        return True
+    def put_back(for_good: bool) -> None:
+        asked = array.flags.writeable and (array.nbytes <= _SHORT or for_good)
+        if asked and array.tobytes() != noted.tobytes():
+            np.copyto(array, noted)
 
     return put_back
 
@@ -263,12 +250,11 @@ def _switches(parameter: nn.Parameter) -> Note:
     """Notes whether a parameter is trained, and which tensor its gradient is."""
     grad, requires_grad = parameter.grad, parameter.requires_grad
 
-    def put_back(_: bool) -> bool:
+    def put_back(_: bool) -> None:
         if parameter.requires_grad is not requires_grad:
             parameter.requires_grad_(requires_grad)
         if parameter.grad is not grad:
             parameter.grad = grad
-        return False
 
     return put_back
 
@@ -278,19 +264,14 @@ def _switches(parameter: nn.Parameter) -> Note:
 
 def _generator(generator: Any) -> Note:
     """Notes the state of one generator object."""
-    go_back: Callable[[], object]
     if isinstance(generator, np.random.Generator):
-        go_back = partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    elif isinstance(generator, random.Random):
-        go_back = partial(generator.setstate, generator.getstate())
-    else:
-        go_back = partial(generator.set_state, generator.get_state())
-
-    def put_back(_: bool) -> bool:
-        go_back()
-        return False
-
-    return put_back
+        bits, noted = generator.bit_generator, generator.bit_generator.state
+        return lambda _: setattr(bits, "state", noted)
+    if isinstance(generator, random.Random):
+        known = generator.getstate()
+        return lambda _: generator.setstate(known)
+    state = generator.get_state()
+    return lambda _: generator.set_state(state)
 
 
 def seed(generator: Any, number: int) -> None:
