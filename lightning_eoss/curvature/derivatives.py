@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from lightning_eoss.curvature.objective import Objective, Part
-from lightning_eoss.curvature.operators import HESSIAN, Curvature, Graph, rounding, step_length
+from lightning_eoss.curvature.operators import HESSIAN, Curvature, Graph, step_length
 from lightning_eoss.curvature.shortage import out_of_memory
 
 _SMALL = 1e-3  # relative: what differs by less is the same, beside any interval that is shown
@@ -98,7 +98,7 @@ def doubt(
         return Doubt(words, differences=True)
     for (v, image), (w, other) in combinations(pairs, 2):
         size = float(image.norm()) + float(other.norm())
-        if abs(float(v @ other - w @ image)) > (_SMALL + 10 * rounding(objective)) * size:
+        if abs(float(v @ other - w @ image)) > (_SMALL + 10 * objective.rounding) * size:
             return Doubt(_LOPSIDED, differences=True)
     errors = (look.error(vector, image) for vector, image in pairs)
     return next((look.explained(error) for error in errors if error is not None), None)
@@ -132,7 +132,7 @@ class _Look:
 
         Steps are long enough to show a product of this size, and end where rounding would hide it.
         """
-        eps = rounding(self.objective)
+        eps = self.objective.rounding
         noise = 10 * eps * float(self.graph.gradient.norm()) / step_length(self.objective, vector)
         longest = min(16.0, 0.2 / eps ** (1 / 3), noise / (_SMALL * size) if size > 0 else math.inf)
         lengths = [max(1.0, longest) / _RATIO**number for number in range(_LENGTHS)]
@@ -177,9 +177,8 @@ class _Look:
         sizes = [float(quotient.norm()) for quotient, _ in self.quotients(vector, math.inf)]
         if not all(map(math.isfinite, sizes)) or sizes[-1] > _DIVERGES * sizes[0]:
             return Doubt(_NO_HESSIAN.format(culprit))
-        return Doubt(
-            f"Products by autograd are not finite ({culprit}), though loss and gradient are. {_FALLBACK}", True
-        )
+        words = f"Products by autograd are not finite ({culprit}), though loss and gradient are. {_FALLBACK}"
+        return Doubt(words, differences=True)
 
     def culprit(self) -> str:
         """The function whose derivative makes the first number that is not finite, and the layer that it belongs to."""

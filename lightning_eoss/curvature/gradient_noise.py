@@ -15,6 +15,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from lightning_eoss.curvature.measure import UNKNOWN
 from lightning_eoss.curvature.objective import Batch, derived_seed, full_batch, random_batches, split
 from lightning_eoss.curvature.operators import Sequential, gradient_graph
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients, vectorises
@@ -26,7 +27,6 @@ PRODUCTS = 8  # with the full batch's Hessian, that the curvature-weighted scale
 _TOP_TOL = 0.1  # of the top eigenvector, in units of the plan's: an angle errs more than an eigenvalue
 _OTHER_SIZES = (1 / 16, 1 / 4, 4, 16)  # of the curve, in units of training's
 _FEWEST = 4  # batches that make a point of it
-_UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def gradient_noise(
     (from the second up to a term of order 1/m in its m samples). Of a loss that is no mean over samples, only what
     needs no single samples is measured.
 
-    Cost, in passes over the full batch: 3 to 40 for the gradients of all samples (`per_sample_gradients`), 10 for the
+    Cost, in passes over the full batch: 3 to 40 for the gradients of all samples (`sample_gradients`), 10 for the
     curvature along the noise, about 20 for the top eigenvector (a few less from a warm start). And `num_batches`
     gradients of a batch, and of those at up to four other sizes: each size a pass or as many samples, at most.
 
@@ -114,7 +114,7 @@ def gradient_noise(
     num_batches = min(num_batches, max(PRODUCTS, int(plan.memory_bytes / solver.vector_bytes)))
     deviations = _deviations(solver, plan.batch_size, plan.parts, num_batches, centre, seed)
     points = {size: _mean(_squares(deviations))}
-    trace = norm = curvature_trace = curvature = _UNKNOWN
+    trace = norm = curvature_trace = curvature = UNKNOWN
     if means:
         # Covariances of means of m and of b samples in units of S, which is C normalised by n - 1.
         noise, unit, to_s = 1 / m - 1 / n, 1 / size - 1 / n or math.nan, n / max(n - 1, 1)
@@ -201,7 +201,7 @@ def _trace_by_pairs(solver: Solver, count: int, seed: int) -> Estimate:
     n = solver.objective.source.num_samples
     size = max(1, min(solver.step_samples, n) // 2)
     if 2 * size > n:
-        return _UNKNOWN
+        return UNKNOWN
     pairs = islice(random_batches(solver.objective.source, size, parts=2, seed=derived_seed(seed, 0)), count)
     differences = [_gradient(solver, pair[:1]) - _gradient(solver, pair[1:]) for pair in pairs]
     # Each half has the weight 1/2 in its batch.
@@ -253,7 +253,7 @@ def _form(
 def _ratio(above: Estimate, below: Estimate) -> Estimate:
     """The quotient of two estimates; its interval holds those of both. NaN unless the divisor is positive."""
     if not below.mean > 0:
-        return _UNKNOWN
+        return UNKNOWN
     mean, ends = above.mean / below.mean, [math.nan]
     if below.lower > 0:
         ends = [end / divisor for end in (above.lower, above.upper) for divisor in (below.lower, below.upper)]

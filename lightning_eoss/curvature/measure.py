@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import tee
 from statistics import median
 from typing import Any
@@ -40,12 +41,9 @@ from lightning_eoss.curvature.preflight import FEW, Findings, preflight
 from lightning_eoss.curvature.sampling import Sampled, sample
 from lightning_eoss.curvature.solver import Lead, Plan, Solver, WarmStart
 from lightning_eoss.linalg.lanczos import LanczosResult
-from lightning_eoss.theory.statistics import (
-    Estimate,
-    shifted,
-    with_audit,
-)
+from lightning_eoss.theory.statistics import Estimate, shifted, with_audit
 
+UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 COARSER = 16  # a first measurement begins with this part of the data
 # Residuals of FullBS, in units of the plan's: its outliers lie closer together than a mini-batch's and take turns
 # at the top, so that only a small residual tells a stale one from a new one; before the first, nothing is known.
@@ -325,12 +323,11 @@ def _measured(
 
     values = ((now, current_value), (chunks, full_value))
     suspects = [*sampled.lost, *(batch for batch, found in values if math.isnan(found.value))]
-    plain, estimate = sampled.plain(reduce), sampled.estimate(control_mean, reduce)
-    estimate = with_audit(estimate, sampled.shortfalls)
+    estimate = with_audit(sampled.estimate(control_mean, reduce), sampled.shortfalls)
     residuals = [full_value.relative_residual, current_value.relative_residual, *(row.residual for row in sampled.good)]
     measurement = SharpnessMeasurement(
         mini_batch=estimate,
-        plain=with_audit(plain, sampled.shortfalls),
+        plain=with_audit(sampled.plain(reduce), sampled.shortfalls),
         directional=sampled.directional(reduce),
         gap=shifted(estimate, full_value.value, full_value.error if math.isfinite(full_value.error) else 0.0),
         full_batch=full_value,
@@ -354,17 +351,14 @@ def _measured(
 
 def _doubt(solver: Solver, audited: Batch, top: Tensor | None, suspects: list[Batch]) -> Doubt | None:
     """What is wrong with products by autograd: of batches that gave no number, else along the top and at random."""
-    findings, factors = solver.findings, solver.scaling.factors
+    findings, look = solver.findings, partial(doubt, solver.objective, curvature=solver.curvature)
     if findings.differences or findings.detached:
         return None  # nothing new
-    for part in (part for batch in suspects for part in batch):
-        if found := doubt(solver.objective, part, curvature=solver.curvature):
-            return found
-    if not audited:
-        return None
+    found = next(filter(None, (look(part) for batch in suspects for part in batch)), None)
+    if found or not audited:
+        return found
     part = (split(audited, FEW) if findings.reduction == "mean" else audited)[0]
-    along = top if top is None or factors is None else top * factors
-    return doubt(solver.objective, part, along, curvature=solver.curvature)
+    return look(part, None if top is None else solver.scaling.applied(top))
 
 
 @dataclass(frozen=True, eq=False)

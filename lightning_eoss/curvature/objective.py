@@ -32,9 +32,7 @@ class Part:
     indices: tuple[int, ...] = ()  # into the source
     seed: int = 0  # of every random generator, before loading and before each forward pass
     data: Any = None  # instead of indices: samples that are loaded already
-    generators: Restore | None = (
-        None  # instead of a seed: brings the generators to where training's own pass finds them
-    )
+    generators: Restore | None = None  # instead of a seed: brings them to where training's own pass finds them
 
 
 Batch = tuple[Part, ...]
@@ -64,7 +62,7 @@ class Source(Protocol):
 def disjoint(generator: random.Random, num_samples: int, batch_size: int, count: int) -> list[tuple[int, ...]]:
     """Batches that share no sample, uniform without replacement; the last is short where there are no more samples."""
     drawn = generator.sample(range(num_samples), min(batch_size * count, num_samples))
-    return [tuple(drawn[first : first + batch_size]) for first in range(0, len(drawn), batch_size)]
+    return _cut(drawn, batch_size)
 
 
 @dataclass(frozen=True)
@@ -307,11 +305,8 @@ class Objective:
     memory: Gauge = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = [
-            parameter
-            for parameter in self.module.parameters()
-            if parameter.requires_grad and (self.owned is None or id(parameter) in self.owned)
-        ]
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.parameters = [each for each in trained if self.owned is None or id(each) in self.owned]
         if not self.parameters:
             raise ValueError(
                 f"{type(self.module).__name__} has no parameter with requires_grad=True, so its loss has no Hessian. "
@@ -323,6 +318,11 @@ class Objective:
     def num_parameters(self) -> int:
         """P, the dimension of the Hessian; a complex number counts twice."""
         return sum(real(parameter).numel() for parameter in self.parameters)
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of the coarsest parameters."""
+        return max(float(torch.finfo(parameter.dtype).eps) for parameter in self.parameters)
 
     def load(self, part: Part) -> Any:
         """The part's samples on the device, kept for the next pass while they fit."""
@@ -430,7 +430,7 @@ def full_batch(
     most = min(max_samples or len(chosen), len(chosen))
     if min(first or most, most) < len(chosen):
         chosen = sorted(random.Random(derived_seed(seed, 0)).sample(chosen, most)[:first])
-    pieces = [tuple(chosen[first : first + chunk_size]) for first in range(0, len(chosen), chunk_size)]
+    pieces = _cut(chosen, chunk_size)
     total = sum(source.size(piece) for piece in pieces)
     return tuple(
         Part(source.size(piece) / total, source.size(piece), piece, derived_seed(seed, 1, number))
@@ -443,14 +443,17 @@ def split(batch: Batch, size: int) -> Batch:
 
     Parts whose samples are loaded already stay whole.
     """
+
+    def piece(part: Part, indices: tuple[int, ...]) -> Part:
+        return replace(part, weight=part.weight * len(indices) / part.size, size=len(indices), indices=indices)
+
     pieces: list[Part] = []
     for part in batch:
-        if part.size <= size or not part.indices:
-            pieces.append(part)
-            continue
-        for first in range(0, len(part.indices), size):
-            indices = part.indices[first : first + size]
-            pieces.append(
-                replace(part, weight=part.weight * len(indices) / part.size, size=len(indices), indices=indices)
-            )
+        whole = part.size <= size or not part.indices
+        pieces += [part] if whole else [piece(part, indices) for indices in _cut(part.indices, size)]
     return tuple(pieces)
+
+
+def _cut(indices: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """The same in pieces of so many, the last one may be shorter."""
+    return [tuple(indices[first : first + size]) for first in range(0, len(indices), size)]

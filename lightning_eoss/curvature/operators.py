@@ -10,7 +10,8 @@ What torch cannot differentiate twice is served by central differences of gradie
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +37,11 @@ class Scaling:
     def factors(self) -> Tensor | None:
         """(P,) the diagonal of D^{-1/2}; 0 where a limit is infinite (a learning rate of 0)."""
         return None if self.limits is None else self.limits.rsqrt()
+
+    def applied(self, vectors: Tensor) -> Tensor:
+        """D^{-1/2} times vectors, (..., P)."""
+        factors = self.factors
+        return vectors if factors is None else vectors * factors
 
 
 class Operator(Protocol):
@@ -95,14 +101,13 @@ def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     They are copies: a view at an odd offset is none of complex numbers, which a network may ask of its gradients.
     """
     shapes = [real(parameter).shape for parameter in parameters]
-    pieces = zip(vector.split([shape.numel() for shape in shapes], dim=-1), shapes, parameters, strict=True)
-    copies = [
-        piece.reshape((*vector.shape[:-1], *shape)).to(
-            parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=True
-        )
-        for piece, shape, parameter in pieces
-    ]
-    return [torch.view_as_complex(c) if p.is_complex() else c for c, p in zip(copies, parameters, strict=True)]
+    pieces = vector.split([shape.numel() for shape in shapes], dim=-1)
+    copies = []
+    for piece, shape, parameter in zip(pieces, shapes, parameters, strict=True):
+        shaped = piece.reshape((*vector.shape[:-1], *shape))
+        own = shaped.to(parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=True)
+        copies.append(torch.view_as_complex(own) if parameter.is_complex() else own)
+    return copies
 
 
 def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
@@ -129,17 +134,34 @@ def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep:
     if not graph.outputs:
         return 0 * graph.loss * vector
     pieces = unflattened(vector, parameters)
-    products = torch.autograd.grad(
-        graph.outputs, parameters, [pieces[place] for place in graph.places], retain_graph=keep, allow_unused=True
-    )
+    along = [pieces[place] for place in graph.places]
+    products = torch.autograd.grad(graph.outputs, parameters, along, retain_graph=keep, allow_unused=True)
     return flattened(products, parameters, vector.dtype)
 
 
 def difference_product(objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0) -> Tensor:
     r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`."""
-    return central_difference(
-        objective, lambda: gradient_graph(objective, part, create_graph=False).gradient, vector, length=length
-    )
+
+    def gradient() -> Tensor:
+        return gradient_graph(objective, part, create_graph=False).gradient
+
+    return central_difference(objective, gradient, vector, length=length)
+
+
+@contextmanager
+def movable(objective: Objective) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+    """A function that moves the parameters in place, by steps from where they are; in the end they are put back."""
+    originals = [parameter.detach().clone() for parameter in objective.parameters]
+
+    def move(steps: Iterable[Tensor]) -> None:
+        for parameter, original, step in zip(objective.parameters, originals, steps, strict=True):
+            parameter.data.copy_(original + step)
+
+    try:
+        yield move
+    finally:
+        for parameter, original in zip(objective.parameters, originals, strict=True):
+            parameter.data.copy_(original)
 
 
 def central_difference(
@@ -150,32 +172,20 @@ def central_difference(
     The parameters are moved in place and put back from a copy, to the bit. The step balances rounding against the third
     derivative of a smooth loss; `length` is a factor to it.
     """
-    parameters = objective.parameters
     epsilon = length * step_length(objective, vector)
-    originals = [parameter.detach().clone() for parameter in parameters]
-    steps = unflattened(vector, parameters)
-
-    def value_at(sign: float) -> Tensor:
-        for parameter, original, step in zip(parameters, originals, steps, strict=True):
-            parameter.data.copy_(original + sign * epsilon * step)
-        return function()
-
-    try:
-        return (value_at(1.0) - value_at(-1.0)) / (2 * epsilon)
-    finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data.copy_(original)
+    steps = unflattened(vector, objective.parameters)
+    values = []
+    with movable(objective) as move:
+        for signed in (epsilon, -epsilon):
+            move(signed * step for step in steps)
+            values.append(function())
+    return (values[0] - values[1]) / (2 * epsilon)
 
 
 def step_length(objective: Objective, vector: Tensor) -> float:
     """How much of a vector makes a step that balances the two errors of a central difference."""
     size = math.hypot(*(float(torch.linalg.vector_norm(each.detach())) for each in objective.parameters))
-    return float(rounding(objective) ** (1 / 3)) * max(1.0, size) / (float(vector.norm()) or 1.0)
-
-
-def rounding(objective: Objective) -> float:
-    """Relative rounding error of the coarsest parameters."""
-    return max(float(torch.finfo(parameter.dtype).eps) for parameter in objective.parameters)
+    return float(objective.rounding ** (1 / 3)) * max(1.0, size) / (float(vector.norm()) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -184,9 +194,8 @@ class Curvature:
 
     graph: Callable[..., Graph]  # (objective, part, create_graph=): evaluates the part, ready for products
     product: Callable[..., Tensor]  # (objective, graph, vector, keep=): (P,) of the matrix times a (P,) vector
-    difference: Callable[
-        ..., Tensor
-    ]  # (objective, part, vector, length=): the same, without differentiating the network twice
+    # (objective, part, vector, length=): the same, without differentiating the network twice
+    difference: Callable[..., Tensor]
 
 
 HESSIAN = Curvature(gradient_graph, hessian_product, difference_product)
@@ -221,9 +230,8 @@ class Sequential:
 
     def gradients(self) -> Tensor:
         """(B, P) gradients in the operator's coordinates."""
-        gradients = torch.stack([self._sum(row, lambda graph: graph.gradient) for row in range(len(self.batches))])
-        factors = self.scaling.factors
-        return gradients if factors is None else gradients * factors
+        gradients = [self._sum(row, lambda graph: graph.gradient) for row in range(len(self.batches))]
+        return self.scaling.applied(torch.stack(gradients))
 
     def losses(self) -> Tensor:
         """(B,) losses."""
@@ -231,11 +239,11 @@ class Sequential:
 
     def _product(self, vectors: Tensor, rows: Sequence[int]) -> Tensor:
         """Products of some rows."""
-        return scaled_product(
-            vectors,
-            self.scaling,
-            lambda plain: torch.stack([self._row(row, vector) for row, vector in zip(rows, plain, strict=True)]),
-        )
+
+        def plain_products(plain: Tensor) -> Tensor:
+            return torch.stack([self._row(row, vector) for row, vector in zip(rows, plain, strict=True)])
+
+        return scaled_product(vectors, self.scaling, plain_products)
 
     def _row(self, row: int, vector: Tensor) -> Tensor:
         """Curvature of one batch times a vector."""
@@ -258,23 +266,19 @@ class Sequential:
     def _graph(self, row: int, index: int) -> tuple[Graph, bool]:
         """The graph of one part, and whether it is kept."""
         key = (row, index)
-        if key in self._graphs:
-            return self._graphs[key], True
-        graph = self.curvature.graph(self.objective, self.batches[row][index], create_graph=not self.differences)
-        if len(self._graphs) < self.graph_slots:
+        if key not in self._graphs:
+            graph = self.curvature.graph(self.objective, self.batches[row][index], create_graph=not self.differences)
+            if len(self._graphs) >= self.graph_slots:
+                return graph, False
             self._graphs[key] = graph
-            return graph, True
-        return graph, False
+        return self._graphs[key], True
 
 
 def scaled_product(vectors: Tensor, scaling: Scaling, hessian: Matvec) -> Tensor:
     """D^{-1/2} (H + W) D^{-1/2} times the rows of `vectors`."""
-    factors, decay = scaling.factors, scaling.weight_decay
-    plain = vectors if factors is None else vectors * factors
+    plain = scaling.applied(vectors)
     product = hessian(plain)
-    if decay is not None:
-        product = product + decay * plain
-    return product if factors is None else product * factors
+    return scaling.applied(product if scaling.weight_decay is None else product + scaling.weight_decay * plain)
 
 
 @dataclass
@@ -295,10 +299,8 @@ class Stacked:
     _losses: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._parameters = [
-            parameter.detach().expand(len(self.batches), *parameter.shape).requires_grad_()
-            for parameter in self.objective.parameters
-        ]
+        rows, own = len(self.batches), self.objective.parameters
+        self._parameters = [each.detach().expand(rows, *each.shape).requires_grad_() for each in own]
         losses = torch.vmap(loss_at(self.objective), randomness="different")
         terms = []
         for parts in zip(*self.batches, strict=True):
@@ -325,9 +327,8 @@ class Stacked:
 
     def gradients(self) -> Tensor:
         """(B, P) gradients in the operator's coordinates."""
-        gradients = self.reduce(self._flattened(self._gradients, krylov_dtype(self.objective)))
-        factors = self.scaling.factors
-        return gradients if factors is None else gradients * factors
+        gradients = self._flattened(self._gradients, krylov_dtype(self.objective))
+        return self.scaling.applied(self.reduce(gradients))
 
     def losses(self) -> Tensor:
         """(B,) losses."""
@@ -353,9 +354,8 @@ def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: 
     expected = sequential.matvec(directions)
     try:
         stacked = Stacked(objective, batches)
-        difference = (stacked.gradients() - directions).norm() / directions.norm() + (
-            stacked.matvec(directions) - expected
-        ).norm() / expected.norm()
+        difference = (stacked.gradients() - directions).norm() / directions.norm()
+        difference += (stacked.matvec(directions) - expected).norm() / expected.norm()
     except Exception:  # vmap refuses in many ways, from within user code; the sequential route needs none of it
         return False
     return bool(difference < tol)

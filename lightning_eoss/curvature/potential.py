@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.measure import standalone
+from lightning_eoss.curvature.measure import UNKNOWN, standalone
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, full_batch
-from lightning_eoss.curvature.operators import Sequential, krylov_like, unflattened
+from lightning_eoss.curvature.operators import Sequential, krylov_like, movable, unflattened
 from lightning_eoss.theory.random_matrix import gap_exponent
 from lightning_eoss.theory.statistics import Estimate, mean_estimate, moments
 
-_UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 _BEYOND = 2.0  # factor to the Taylor line from which on a difference is not its
 
 
@@ -125,8 +124,8 @@ def random_potential(
         differences=rows,
         loss=loss,
         taylor_slope=float(gradient.norm()) / math.sqrt(objective.num_parameters),
-        rms_exponent=_UNKNOWN,
-        std_exponent=_UNKNOWN,
+        rms_exponent=UNKNOWN,
+        std_exponent=UNKNOWN,
         num_parameters=objective.num_parameters,
         num_samples=sum(part.size for part in chunks),
     )
@@ -137,19 +136,12 @@ def _losses(objective: Objective, chunks: Batch, distances: Sequence[float], see
     """The loss at each of these distances, each in a direction of its own; the weights are put back, to the bit."""
     like = krylov_like(objective)
     generator = torch.Generator().manual_seed(derived_seed(seed, 11))
-    originals = [parameter.detach().clone() for parameter in objective.parameters]
     losses = []
-    try:
-        with torch.no_grad():
-            for distance in distances:
-                drawn = torch.randn(objective.num_parameters, generator=generator, dtype=like.dtype)
-                steps = unflattened((drawn * (distance / drawn.norm())).to(like.device), objective.parameters)
-                for parameter, original, step in zip(objective.parameters, originals, steps, strict=True):
-                    parameter.data.copy_(original + step)
-                losses.append(sum(part.weight * float(objective.evaluate(part)) for part in chunks))
-    finally:
-        for parameter, original in zip(objective.parameters, originals, strict=True):
-            parameter.data.copy_(original)
+    with movable(objective) as move, torch.no_grad():
+        for distance in distances:
+            drawn = torch.randn(objective.num_parameters, generator=generator, dtype=like.dtype)
+            move(unflattened((drawn * (distance / drawn.norm())).to(like.device), objective.parameters))
+            losses.append(sum(part.weight * float(objective.evaluate(part)) for part in chunks))
     return losses
 
 
@@ -166,5 +158,5 @@ def _exponent(potential: RandomPotential, values: Sequence[Estimate]) -> Estimat
     beyond = slice(potential.beyond_taylor(values), None)
     z, differences = np.array(potential.distances)[beyond], [value.mean for value in values[beyond]]
     if len(z) < 3 or not all(0 < each < math.inf for each in differences):
-        return _UNKNOWN
+        return UNKNOWN
     return gap_exponent(z[-1] / z, differences)  # a power law in 1 / batch size, and here in the distance

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,12 @@ from torch.utils.data import default_collate
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.measure import (
-    Eigenvalue,
-    standalone,
-    top_eigenvalue,
-)
+from lightning_eoss.curvature.measure import UNKNOWN, Eigenvalue, standalone, top_eigenvalue
 from lightning_eoss.curvature.objective import Objective, derived_seed, full_batch
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator, Scaling
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import NUM_OUTLIERS, Plan, Solver, WarmStart
-from lightning_eoss.curvature.subspace import outlier_subspace
+from lightning_eoss.curvature.subspace import beyond, outlier_subspace
 from lightning_eoss.curvature.variance import hessian_variance
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.linalg.lanczos import Matvec, lanczos
@@ -215,12 +212,9 @@ def predict(
     # two cancel.
     subspace = replace(subspace, dataset_size=full_samples)
     luck = _luck(subspace, 1 / full_samples - 1 / population)
+    count = min(VARIANCE_GROUPS, population // group_size)
     variance = hessian_variance(
-        solver,
-        batch_size=group_size,
-        num_batches=min(VARIANCE_GROUPS, population // group_size),
-        num_probes=VARIANCE_PROBES,
-        stream=stream,
+        solver, batch_size=group_size, num_batches=count, num_probes=VARIANCE_PROBES, stream=stream
     )
     directional = _directional_variance(subspace)
     bulk = density.mean(lambda nodes: nodes)
@@ -273,18 +267,14 @@ def _outliers(solver: Solver, operator: Matvec, warm: WarmStart, count: int) -> 
 
 def _bulk(solver: Solver, operator: Matvec, vectors: Tensor) -> SpectralDensity:
     """The spectral density without the outliers: no step is spent on what is known."""
-
-    def outside(some: Tensor) -> Tensor:
-        return some - (some @ vectors.T) @ vectors
-
+    outside = partial(beyond, vectors)
     dim, fit = solver.objective.num_parameters, int(solver.plan.memory_bytes / solver.vector_bytes)
     steps = max(2, min(DENSITY_STEPS, fit))
     probes = random_probes(DENSITY_PROBES, dim, solver.generator, like=solver.like)
     if len(vectors) < dim:  # else nothing is outside, and the zero operator says so
         probes = outside(probes)
-    return spectral_density(
-        lambda some: outside(operator(outside(some))), probes, steps=steps, at_once=max(1, fit // steps)
-    )
+    at_once = max(1, fit // steps)
+    return spectral_density(lambda some: outside(operator(outside(some))), probes, steps=steps, at_once=at_once)
 
 
 def _directional_variance(subspace: OutlierSubspace) -> float:
@@ -309,45 +299,36 @@ class _Models:
 
     def wigner(self, batch_size: int, subspace: Prediction) -> Prediction:
         """Theorem 4."""
-        given: dict[str, Any] = {"batch_size": batch_size, "dataset_size": self.num_samples}
-        low, mean, high = _ends(self.variance)
-        estimate = self._interval(lambda variance: wigner_outlier(self.top.value, variance, **given), low, mean, high)
+        given, mean = self._given(batch_size), max(self.variance.mean, 0.0)
+        estimate = self._interval(lambda variance: wigner_outlier(self.top.value, variance, **given), self.variance)
         visible = bool(wigner_edge(mean, **given) <= 2 * self.top.value)
         return Prediction(estimate, trusted=visible and self._explains(mean) and _within(estimate, subspace))
 
     def marchenko_pastur(self, batch_size: int, subspace: Prediction) -> Prediction:
         """Theorem 7."""
-        given: dict[str, Any] = {"batch_size": batch_size, "dataset_size": self.num_samples}
-        low, mean, high = _ends(self.bulk)
-        estimate = self._interval(
-            lambda bulk: marchenko_pastur_outlier(self.top.value, bulk, num_parameters=self.num_parameters, **given),
-            low,
-            mean,
-            high,
-        )
-        assumed = self.top.value * (self.num_parameters - 1) * mean
+        given = {"num_parameters": self.num_parameters, **self._given(batch_size)}
+        estimate = self._interval(lambda bulk: marchenko_pastur_outlier(self.top.value, bulk, **given), self.bulk)
+        assumed = self.top.value * (self.num_parameters - 1) * max(self.bulk.mean, 0.0)
         return Prediction(estimate, trusted=self._explains(assumed) and _within(estimate, subspace))
 
     def overlap(self, batch_size: int) -> float:
         """Theorem 10."""
-        given: dict[str, Any] = {"batch_size": batch_size, "dataset_size": self.num_samples}
-        return float(eigenvector_overlap(self.top.value, max(self.variance.mean, 0.0), **given))
+        return float(eigenvector_overlap(self.top.value, max(self.variance.mean, 0.0), **self._given(batch_size)))
 
-    def _interval(self, model: Callable[[float], Any], low: float, mean: float, high: float) -> Estimate:
-        """A model that grows with its parameter, at the parameter's mean and at the two ends of its interval."""
+    def _given(self, batch_size: int) -> dict[str, Any]:
+        """What all of them ask for."""
+        return {"batch_size": batch_size, "dataset_size": self.num_samples}
+
+    def _interval(self, model: Callable[[float], Any], known: Estimate) -> Estimate:
+        """A model that grows with its parameter, which is not negative, at its mean and its interval's two ends."""
         error = 1.96 * self.luck + (self.top.error if math.isfinite(self.top.error) else 0.0)
-        lower, middle, upper = float(model(low)) - error, float(model(mean)), float(model(high)) + error
+        low, middle, high = (float(model(max(each, 0.0))) for each in (known.lower, known.mean, known.upper))
+        lower, upper = low - error, high + error
         return Estimate(middle, (upper - lower) / (2 * 1.96), lower, upper)
 
     def _explains(self, assumed: float) -> bool:
         """Whether a model assumes as much fluctuation along the top eigenvector as there is."""
         return self.directional / _ALIKE <= assumed <= self.directional * _ALIKE
-
-
-def _ends(estimate: Estimate) -> tuple[float, float, float]:
-    """Lower end, mean and upper end of what cannot be negative."""
-    low, mean, high = (max(each, 0.0) for each in (estimate.lower, estimate.mean, estimate.upper))
-    return low, mean, high
 
 
 def _within(estimate: Estimate, subspace: Prediction) -> bool:
@@ -382,15 +363,10 @@ def _critical_batch_size(subspace: OutlierSubspace, top: Eigenvalue, middle: int
     sizes = sorted({round(middle * each) for each in _CURVE})
     sizes = [each for each in sizes if subspace.group_size <= each < subspace.dataset_size]
     found = [(each, predict_from_subspace(subspace, each, draws=60, seed=seed)) for each in sizes]
-    good = [(each, prediction.estimate) for each, prediction in found if prediction.trusted]
+    good = {each: prediction.estimate for each, prediction in found if prediction.trusted}
     if len(good) < 2:
-        return Estimate(math.nan, math.nan, math.nan, math.nan)
-    spreads = [max((each.upper - each.lower) / (2 * 1.96), 1e-3 * abs(each.mean)) for _, each in good]
-    curve = fit_batch_size_curve(
-        top.value,
-        [each for each, _ in good],
-        [each.mean for _, each in good],
-        spreads,
-        dataset_size=subspace.dataset_size,
-    )
+        return UNKNOWN
+    means = [each.mean for each in good.values()]
+    spreads = [max((each.upper - each.lower) / (2 * 1.96), 1e-3 * abs(each.mean)) for each in good.values()]
+    curve = fit_batch_size_curve(top.value, list(good), means, spreads, dataset_size=subspace.dataset_size)
     return curve.critical_batch_size()

@@ -7,7 +7,7 @@ correctly (`derivatives`), whether batches can be stacked, and what memory and t
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,17 +15,8 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_eoss.curvature.derivatives import Doubt, doubt, nodes_of
 from lightning_eoss.curvature.objective import Objective, Part, num_bytes, random_batches, real
-from lightning_eoss.curvature.operators import (
-    Graph,
-    Sequential,
-    agrees_when_stacked,
-    flattened,
-    gradient_graph,
-    rounding,
-)
+from lightning_eoss.curvature.operators import Graph, Sequential, agrees_when_stacked, flattened, gradient_graph
 from lightning_eoss.curvature.shortage import out_of_memory
-
-T = TypeVar("T")
 
 Reduction = Literal["mean", "sum", "other"]
 
@@ -65,10 +56,9 @@ def reduction(objective: Objective, *, seed: int = 0, most: int = FEW) -> Reduct
         return "other"
     (whole,) = next(random_batches(objective.source, num_samples, seed=seed))
     cut = num_samples // 3  # unequal halves tell a mean of means from a mean
-    first = replace(whole, size=cut, indices=whole.indices[:cut])
-    second = replace(whole, size=num_samples - cut, indices=whole.indices[cut:])
+    halves = (replace(whole, size=len(each), indices=each) for each in (whole.indices[:cut], whole.indices[cut:]))
     try:
-        both, one, two = (gradient_graph(objective, part, create_graph=False) for part in (whole, first, second))
+        both, one, two = (gradient_graph(objective, part, create_graph=False) for part in (whole, *halves))
     except (RuntimeError, ValueError) as error:
         if not out_of_memory(error):
             return "other"  # a model that refuses odd batch sizes; a real defect will raise again in the measurement
@@ -81,11 +71,10 @@ def reduction(objective: Objective, *, seed: int = 0, most: int = FEW) -> Reduct
 
     def combines(of_one: float, of_two: float) -> bool:
         """Whether the union's loss and gradient are this combination of the parts'."""
-        terms = ((each.loss, each.gradient) for each in (both, one, two))
-        return all(
-            bool((whole - of_one * first - of_two * second).norm() <= tolerance * max(whole.norm(), second.norm()))
-            for whole, first, second in zip(*terms, strict=True)
-        )
+        triples = ((both.loss, one.loss, two.loss), (both.gradient, one.gradient, two.gradient))
+        differences = (whole - of_one * first - of_two * second for whole, first, second in triples)
+        sizes = (max(whole.norm(), second.norm()) for whole, _, second in triples)
+        return all(bool(each.norm() <= tolerance * size) for each, size in zip(differences, sizes, strict=True))
 
     if combines(cut / num_samples, 1 - cut / num_samples):
         return "mean"
@@ -143,8 +132,8 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         )
     found = doubt(objective, part, graph=graph)
     differences = found is not None and found.differences
-    warnings = [_SUM] if kind == "sum" else []
-    stacked = not differences and _worth_stacking(objective) and _stacks(objective, size, parts, seed)
+    warnings = (_SUM,) if kind == "sum" else ()
+    stacked = not differences and _stacks(objective, size, parts, seed)
     cache = objective.cache
     return Findings(
         reduction=kind,
@@ -152,7 +141,7 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
         stacked=stacked,
         graph_bytes=_graph_bytes(objective, part),
         seconds=float(_seconds(objective, part, graph.gradient, differences) * batch_size * parts / size),
-        warnings=(*warnings, *([found.message] if found else [])),
+        warnings=(*warnings, found.message) if found else warnings,
         detached=found is not None and found.detached,
         loading=cache.seconds / max(cache.loaded, 1),
         sample_bytes=cache.read / max(cache.loaded, 1),
@@ -186,7 +175,7 @@ def _whole_graph(objective: Objective, part: Part) -> Graph:
             leaf.grad = gradient
             its_hooks.update(noted)
     sizes = [real(each).numel() for each in objective.parameters]
-    noise = 10 * rounding(objective) * float(found.norm())
+    noise = 10 * objective.rounding * float(found.norm())
     pairs = zip(found.split(sizes), graph.gradient.split(sizes), strict=True)
     if any(float((whole - seen).norm()) > 0.1 * float(whole.norm()) + noise for whole, seen in pairs):
         raise ValueError(_HIDDEN)
@@ -206,16 +195,13 @@ def _seconds(objective: Objective, part: Part, vector: Tensor, differences: bool
 
 
 def _stacks(objective: Objective, batch_size: int, parts: int, seed: int) -> bool:
-    """Whether two batches can be stacked."""
-    if objective.source.num_samples < batch_size * parts:
+    """Whether two batches can be stacked, and it pays."""
+    # Stacking saves launches, not arithmetic: on the CPU it pays for small networks only (benchmarks/stacking.py).
+    pays = objective.parameters[0].device.type != "cpu" or objective.num_parameters < 2**17
+    if not pays or objective.source.num_samples < batch_size * parts:
         return False
     batches = random_batches(objective.source, batch_size, parts=parts, seed=seed)
     return agrees_when_stacked(objective, [next(batches), next(batches)])
-
-
-def _worth_stacking(objective: Objective) -> bool:
-    """Stacking saves launches, not arithmetic: on the CPU it pays for small networks only (benchmarks/stacking.py)."""
-    return objective.parameters[0].device.type != "cpu" or objective.num_parameters < 2**17
 
 
 def _graph_bytes(objective: Objective, part: Part) -> float:

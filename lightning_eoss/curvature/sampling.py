@@ -161,9 +161,8 @@ def _audit(solver: Solver, batches: list[Batch], sampled: Sampled) -> None:
     result = solver.solve_from_scratch(solver.operator([batches[place] for place in chosen]), len(chosen))
     sampled.products += result.matvecs
     sampled.audited = batches[chosen[0]]
-    for place, value, residual in zip(
-        chosen, result.values[:, 0].tolist(), result.residuals[:, 0].tolist(), strict=True
-    ):
+    values, residuals = result.values[:, 0].tolist(), result.residuals[:, 0].tolist()
+    for place, value, residual in zip(chosen, values, residuals, strict=True):
         found = sampled.rows[place].value
         sampled.shortfalls.append(value + residual - found)  # the audit errs low itself, by its residual at most
         sampled.differences.append((value - found) / max(abs(found), 1e-30))

@@ -1,6 +1,5 @@
 """The whole spectrum: of the full batch and of one mini-batch, at the same weights."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from torch.utils.data import default_collate
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.measure import standalone
+from lightning_eoss.curvature.measure import UNKNOWN, standalone
 from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, full_batch, random_batches
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator
 from lightning_eoss.curvature.preflight import Findings
@@ -20,8 +19,6 @@ from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.curvature.variance import hessian_variance
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.theory.statistics import Estimate
-
-_UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -149,10 +146,8 @@ def spectra(
         )
     seed = derived_seed(plan.seed, 10, stream)
     batch = next(random_batches(objective.source, plan.batch_size, parts=plan.parts, seed=seed))
-    given: dict[str, Any] = {"steps": steps, "num_probes": num_probes}
-    full = _density(solver, solver.operator([chunks]), **given)
-    one = _density(solver, solver.operator([batch]), **given)
-    variance = _UNKNOWN
+    full, one = (_density(solver, solver.operator([each]), steps, num_probes) for each in (chunks, batch))
+    variance = UNKNOWN
     if findings.reduction == "mean" and objective.source.num_samples > 1:
         variance = hessian_variance(solver, num_batches=min(16, objective.source.num_samples), stream=stream)
     samples = sum(part.size for part in chunks)
@@ -167,7 +162,7 @@ def spectra(
     )
 
 
-def _density(solver: Solver, operator: Operator, *, steps: int, num_probes: int) -> SpectralDensity:
+def _density(solver: Solver, operator: Operator, steps: int, num_probes: int) -> SpectralDensity:
     """The density of a one-row operator, one probe after another: their bases would not fit together."""
     steps = min(steps, max(30, int(solver.plan.memory_bytes / solver.vector_bytes)))
     probes = random_probes(num_probes, solver.objective.num_parameters, solver.generator, like=solver.like)

@@ -81,15 +81,16 @@ def outlier_subspace(
     )
 
 
+def beyond(vectors: Tensor, some: Tensor) -> Tensor:
+    """(B, P) what some vectors hold outside the span of (k, P) orthonormal ones."""
+    return some - (some @ vectors.T) @ vectors
+
+
 def _tail(full: Matvec, leak: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Where in the spectrum outside the outliers the leakage lies, as quadrature nodes and weights."""
-
-    def matvec(some: Tensor) -> Tensor:
-        product = full(some)
-        return product - (product @ vectors.T) @ vectors
-
     norm = torch.linalg.vector_norm(leak)
     if not float(norm) > 0:
         return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    density = spectral_density(matvec, (leak / norm)[None], steps=min(TAIL_STEPS, len(leak)))
+    steps = min(TAIL_STEPS, len(leak))
+    density = spectral_density(lambda some: beyond(vectors, full(some)), (leak / norm)[None], steps=steps)
     return density.nodes[0], density.weights[0]
