@@ -15,9 +15,9 @@ from lightning_eoss.curvature.preflight import preflight
 from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.display.gradient_noise import noise_scalars, write_noise
+from lightning_eoss.training.data import check_chosen_batch_size
 from lightning_eoss.training.monitor import Monitor
 from lightning_eoss.training.plan import full_samples, pass_seconds
-from lightning_eoss.training.probe import check_chosen_batch_size
 from lightning_eoss.training.watch import now
 
 _PASSES = 60  # over the full batch, products or what takes as long, of one measurement

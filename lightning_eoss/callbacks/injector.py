@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.noise import Noise, gradient_with_noise
-from lightning_eoss.curvature.objective import Objective, Part, derived_seed, full_batch
+from lightning_eoss.curvature.objective import LOADING, Objective, Part, derived_seed, full_batch
 from lightning_eoss.curvature.operators import gradient_graph, unflattened
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
+from lightning_eoss.curvature.shortage import out_of_memory
 from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen, trains_nothing, usual_parts
 from lightning_eoss.training.watch import Watch
 
@@ -164,6 +165,8 @@ class GradientNoiseInjector(Callback):
                 mean, square = mean + rows.sum(0) / part.size, square + rows.square().sum() / part.size
                 seen += len(rows)
         except Exception as error:
+            if out_of_memory(error) or LOADING in getattr(error, "__notes__", ()):
+                raise
             raise MisconfigurationException(
                 f"{needs}, and a batch of one has no loss here (BatchNorm in train mode takes none): {error} "
                 "Use noise='none', or pass loss_fn=, a loss that each sample has alone."

@@ -364,7 +364,7 @@ class LearningRateRescaler(Callback):
         assert self._stepped is not None and self._size is not None
         if (self.max_edge_ratio is None and self.target_edge_ratio is None) or step < self._first_step():
             return []
-        if reading.batch_size != round(min(self._size, reading.num_samples)):
+        if reading.batch_size not in (round(self._size), round(min(self._size, reading.num_samples))):
             self._watch.say(
                 f"measurements are of batches of {reading.batch_size} samples and steps have {self._size}, so the "
                 "learning rate does not follow them. Leave batch_size= of the SharpnessMonitor out."

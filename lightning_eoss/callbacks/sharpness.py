@@ -27,14 +27,13 @@ from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
+from lightning_eoss.training.data import check_chosen_batch_size, sampler_batches
 from lightning_eoss.training.monitor import Monitor
 from lightning_eoss.training.plan import foreseen, look_of, predictable, settle
 from lightning_eoss.training.probe import (
     applied_limits,
     cautions,
-    check_chosen_batch_size,
     limits_to_come,
-    sampler_batches,
     scaling_of,
     sees_batches,
     steps_now,
@@ -237,8 +236,6 @@ class SharpnessMonitor(Monitor):
         step = trainer.global_step
         with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
             assert self._watch.data is not None
-            if self._plan is not None:  # the Trainer may have reloaded its data
-                self._plan = replace(self._plan, batch_size=self.batch_size or self._watch.data.batch_size)
             limits = applied_limits(trainer)
             scaling = None
             if isinstance(limits, StabilityLimits):
@@ -250,7 +247,10 @@ class SharpnessMonitor(Monitor):
             if self._plan is None or not self._due:
                 return None
             assert self._findings is not None
-            self._plan = replace(self._plan, parts=self._watch.step_size(trainer, self.batch_size)[1])
+            batch_size, parts = self._watch.step_size(trainer, self.batch_size)
+            sampler, sizes = self._watch.data.sampler, self._watch.data.sizes
+            samples = None if sampler is None else round(parts * (sizes.mean if sizes else batch_size))
+            self._plan = replace(self._plan, batch_size=batch_size, parts=parts, samples=samples)
             plan = look_of(self._plan, self._findings, objective.source.num_samples, self._agenda)
             plan = self._watch.within(plan, self._findings, objective)
             curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
@@ -261,7 +261,9 @@ class SharpnessMonitor(Monitor):
                 if self._watch.data.sampler is not None and "mini" in self._due:
                     isolation.reseed(derived_seed(self.seed, 4, step))
                     seed = derived_seed(self.seed, 5, step)
-                    batches = sampler_batches(self._watch.data, parts=plan.parts, count=plan.num_batches, seed=seed)
+                    batches = sampler_batches(
+                        *(self._watch.data, plan.parts, plan.num_batches), seed=seed, batch_size=self.batch_size
+                    )
                 measurement, self._warm[scaling is not None] = measure(
                     objective,
                     plan,
@@ -338,9 +340,8 @@ class SharpnessMonitor(Monitor):
         self._agenda.expect(prospect.costs)
         self._plan = prospect.plan
         if data.sizes:
-            prospect.notes.append(
-                f"its batches have {data.sizes[0]} to {data.sizes[1]} samples, each counts as one step"
-            )
+            _, least, most = data.sizes
+            prospect.notes.append(f"its batches have {least} to {most} samples, each counts as one step")
         self._watch.announce(prospect.notes)
 
     def _charge(self, seen: _Seen, seconds: float) -> None:

@@ -22,7 +22,12 @@ from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.display import dashboard as tags
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.theory.scaling import curvature_range, nesterov, polyak
-from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen, sampler_batches
+from lightning_eoss.training.data import sampler_batches
+from lightning_eoss.training.probe import (
+    only_optimizer,
+    refuse,
+    refuse_frozen,
+)
 from lightning_eoss.training.watch import Watch
 
 Rule = Literal["nesterov", "polyak"]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
@@ -185,28 +186,31 @@ def copied(batch: Any) -> Any:
 
 def num_bytes(batch: Any) -> int:
     """Memory of a batch's tensors."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
 
 
 def num_samples_of(batch: Any) -> int | None:
     """Samples in a ready batch: what it says itself, or the length of all its tensors; None where they differ."""
-    for each in (batch, *tree_leaves(batch)):
+    for each in (batch, *tree_leaves(batch, is_leaf=lambda part: isinstance(part, PackedSequence))):
+        if isinstance(each, PackedSequence):
+            return int(each.batch_sizes[0])
         for name in ("batch_size", "num_graphs"):  # TensorDict, DGL; PyTorch Geometric
             told = getattr(each, name, None)
             told = told[0] if isinstance(told, tuple) and told else told
             if isinstance(told, int):
                 return told
-    lengths = set(_lengths(batch))
+    lengths = {len(tensor) for tensor in _tensors(batch) if tensor.ndim}
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _lengths(batch: Any, depth: int = 4) -> Iterator[int]:
-    """First dimensions of the tensors of a batch, those in objects included."""
+def _tensors(batch: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors of a batch, those in objects included."""
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
-            yield from leaf.shape[:1]
+            yield leaf
         elif depth:  # objects may hold one another
-            yield from _lengths(list(getattr(leaf, "__dict__", {}).values()), depth - 1)
+            slots = [getattr(leaf, name, None) for name in getattr(leaf, "__slots__", ())]
+            yield from _tensors([*getattr(leaf, "__dict__", {}).values(), *slots], depth - 1)
 
 
 def scalar(loss: Any) -> Tensor:

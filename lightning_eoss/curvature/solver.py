@@ -45,6 +45,7 @@ class Plan:
     seed: int = 0
     tol: float | None = None  # relative residual of the solver; None: 0.5 rel_error
     memory_bytes: float = 2.0**30  # of graphs, of cached batches and of Krylov vectors, each
+    samples: int | None = None  # of a step, where a sampler makes its batches
     first_samples: int | None = None  # of the full batch's, while more cannot be paid for
 
     @property
@@ -55,7 +56,7 @@ class Plan:
     @property
     def step_size(self) -> int:
         """Samples of one optimizer step."""
-        return self.batch_size * self.parts
+        return self.samples or self.batch_size * self.parts
 
 
 def demand(plan: Plan, findings: Findings, objective: Objective) -> float:
@@ -164,7 +165,7 @@ class Solver:
     def step_samples(self) -> int:
         """Samples of one optimizer step, also where the source is made of ready batches."""
         source, total = self.objective.source, self.objective.source.num_samples
-        return round(min(self.plan.step_size, total) * source.size(range(total)) / total)
+        return self.plan.samples or round(min(self.plan.step_size, total) * source.size(range(total)) / total)
 
     @property
     def rows_at_once(self) -> int:

@@ -80,6 +80,11 @@ class Agenda:
         """Seconds that all monitors have spent that draw on the same budget."""
         return sum(peer.spent for peer in self._peers)
 
+    @property
+    def unpaid(self) -> list[str]:
+        """Quantities that a share has not paid for so far."""
+        return [name for name, ledger in self.ledgers.items() if self.share is not None and not ledger.count]
+
     def due(self, step: int, elapsed: float, begun: float = 0.0) -> frozenset[str]:
         """The quantities whose time has come.
 

@@ -13,7 +13,12 @@ from lightning_eoss.curvature.solver import Plan
 from lightning_eoss.training.agenda import Agenda
 from lightning_eoss.training.probe import refuse, refuse_frozen, steps_now
 from lightning_eoss.training.schedule import check_schedule
-from lightning_eoss.training.watch import UNPAID, Watch, now
+from lightning_eoss.training.watch import Watch, now
+
+_UNPAID = (
+    "training ended before {} could be paid for. Raise overhead, or measure at fixed steps with every_n_train_steps."
+)
+_WORDS = {"current": "the current batch", "mini": "MiniBS", "full": "FullBS", "prediction": "predictions"}
 
 
 class Monitor(Callback):
@@ -77,7 +82,17 @@ class Monitor(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Says so where the schedule came to nothing."""
         if self._plan is not None and not self._shown:
-            self._watch.say(UNPAID)
+            self._watch.say(_UNPAID.format("the first measurement"))
+        elif missing := [_WORDS.get(name, name) for name in self._agenda.unpaid]:
+            self._watch.tell([_UNPAID.format(" and ".join(missing))[:-1]])
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lets go of what monitors share."""
+        self._watch.forget(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lets go of what monitors share."""
+        self._watch.forget(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time, and keeps account of the time."""

@@ -21,10 +21,9 @@ from torch.optim import Optimizer
 
 from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import num_samples_of
+from lightning_eoss.training.data import PASS_NUM_SAMPLES, own_batch_sizes
 from lightning_eoss.training.probe import (
-    PASS_NUM_SAMPLES,
     only_optimizer,
-    own_batch_sizes,
     step_parts,
     steps_now,
     trains_nothing,
@@ -365,7 +364,7 @@ def _batch_size(loader: Any) -> tuple[float, float] | None:
     with isolated(nn.Module(), [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]):
         own = own_batch_sizes(loader)
     if own:
-        return fmean(own), math.inf
+        return own.mean, math.inf
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if not isinstance(size, int) or size < 1:
         return None

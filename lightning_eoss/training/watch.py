@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -18,20 +19,18 @@ from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective, n
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.shortage import free, out_of_memory
 from lightning_eoss.curvature.solver import Plan, demand
+from lightning_eoss.training.data import TrainingData, check_dataloader, is_live, training_data
 from lightning_eoss.training.probe import (
-    TrainingData,
-    check_dataloader,
-    is_live,
     logging_step,
     step_parts,
-    training_data,
     training_loss,
 )
 from lightning_eoss.training.quiet import quiet
 
-UNPAID = (
-    "training ended before the first measurement could be paid for. Raise overhead, or measure at fixed steps with "
-    "every_n_train_steps."
+_FIRST = (
+    "{} met this at its first measurement. Where training_step cannot be evaluated once more, pass loss_fn=, a "
+    "function of (pl_module, batch) that returns the loss (for operator='ggn' outputs_fn=); without the callback "
+    "training is what it was."
 )
 # Batches that the monitors of a Trainer have loaded for one step, by the loader that they come from.
 _SHARED: WeakKeyDictionary[Any, tuple[int, dict[int, BatchCache]]] = WeakKeyDictionary()
@@ -134,7 +133,8 @@ class Watch:
         if batch_size is not None:
             return batch_size, 1
         there = -(-self.data.source.num_samples // self.data.batch_size)
-        return self.data.batch_size, max(1, min(step_parts(trainer), there))
+        parts = max(1, step_parts(trainer))  # a sampler may draw more samples in an epoch than there are
+        return self.data.batch_size, min(parts, there) if self.data.sampler is None else parts
 
     def _cache(self, trainer: Any) -> BatchCache:
         """What other monitors of the Trainer have loaded for the same step from the same loader."""
@@ -154,7 +154,11 @@ class Watch:
             monitor: The one whose turn it was; those that share have a true `shares_batches`.
         """
         if trainer in _SHARED and monitor is [m for m in trainer.callbacks if getattr(m, "shares_batches", False)][-1]:
-            del _SHARED[trainer]
+            self.forget(trainer)
+
+    def forget(self, trainer: Any) -> None:
+        """Lets go of them whoever's turn it is: a fit ends, well or not."""
+        _SHARED.pop(trainer, None)
 
     def publish(self, trainer: Any, callback: Any, values: dict[str, float], *pictures: Callable[..., None]) -> None:
         """Keeps scalars and gives them to the Trainer and to every logger, with pictures, and first of all a dashboard.
@@ -175,14 +179,15 @@ class Watch:
         shown = frozenset().union(*(getattr(each, "dashboard_categories", ()) for each in trainer.callbacks))
         for logger in trainer.loggers:
             with self._losing(logger):
-                logger.log_metrics(values, step=step)
+                logger.log_metrics(dict(values), step=step)
             with self._losing(logger):
-                experiment = getattr(logger, "experiment", None)
-                for picture in pictures:
-                    picture(experiment, step=step)
                 if self.page is not None and id(logger) not in self._drawn:
+                    experiment = getattr(logger, "experiment", None)
                     self.page(experiment, shown, callback.dashboard_categories, self.notes)
                     self._drawn.add(id(logger))
+            for picture in pictures:
+                with self._losing(logger):
+                    picture(getattr(logger, "experiment", None), step=step)
 
     @contextmanager
     def _losing(self, logger: Any) -> Iterator[None]:
@@ -229,14 +234,13 @@ class Watch:
         except Exception as error:
             notes = [LOADING] if LOADING in getattr(error, "__notes__", ()) else []
             if vital or (early and not notes and not out_of_memory(error)):
-                error.add_note(
-                    f"{self.name} met this at its first measurement. Where training_step cannot be evaluated once "
-                    "more, pass loss_fn=, a function of (pl_module, batch) that returns the loss (for operator='ggn' "
-                    "outputs_fn=); without the callback training is what it was."
-                )
+                if not isinstance(error, MisconfigurationException):  # that has a way out of its own
+                    error.add_note(_FIRST.format(self.name))
                 raise
             self._rests, self._failures = 2**self._failures - 1, min(self._failures + 1, 10)
             kind = type(error).__name__
+            if out_of_memory(error):
+                notes = ["Less is needed with a smaller full_batch_samples= or batch_size=."]
             message = "a measurement failed and is left out, training goes on."
             self.say(" ".join([message, f"{kind}: {error}", *notes]), about=f"failed {kind}")
 

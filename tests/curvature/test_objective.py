@@ -128,6 +128,15 @@ def test_sizes() -> None:
     assert twin["x"][0] is not batch["x"][0] and twin["x"][1] == 7
 
 
+def test_objects_take_memory() -> None:
+    class Held:
+        def __init__(self) -> None:
+            self.inner = {"x": torch.zeros(4, 2)}
+            self.me = self
+
+    assert num_bytes([Held(), "a"]) >= 32 and num_samples_of(Held()) == 4
+
+
 def test_derived_seeds_differ_and_stay() -> None:
     seeds = {derived_seed(seed, *keys) for seed in range(3) for keys in [(0,), (1,), (0, 1), (1, 0)]}
     assert len(seeds) == 12 and all(0 <= seed < 2**32 for seed in seeds)

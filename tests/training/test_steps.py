@@ -11,7 +11,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_eoss import (
     GradientNoiseInjector,
@@ -235,10 +245,8 @@ def test_mini_bs_is_the_mean_over_the_samplers_own_batches(sampler: Any, tmp_pat
     assert len(values) == 6 and {len(each) for each in Tokens()} == {8, 4, 2}
     (point,) = watch.history
     assert watch.latest is not None
-    drawn = sorted(2000 * ratio for ratio in watch.latest.mini_batch.values)  # eight: an epoch, and two of the next
-    assert len(drawn) == 8
-    for value in values:
-        assert any(each == pytest.approx(value, rel=1e-3) for each in drawn)
+    drawn = sorted(2000 * ratio for ratio in watch.latest.mini_batch.values)  # its other epochs have nothing new
+    assert drawn == pytest.approx(sorted(values), rel=1e-3)
     assert point["sharpness/batch_size"] == 3  # of 20 samples in 6 batches
     assert point["sharpness/FullBS"] == pytest.approx(top(hessian(INPUTS[:20])), rel=1e-3)
 
@@ -250,9 +258,132 @@ def test_all_of_an_epochs_batches_have_their_say(tmp_path: Path) -> None:
     assert watch.history[0]["sharpness/MiniBS"] == pytest.approx(sum(values) / 6, rel=1e-3)
 
 
-def test_what_the_sampler_does_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+class Uneven(Sampler[list[int]]):
+    """Batches of two and of one, in their order: their mean, rounded, is none of them."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1], [2, 3], [4, 5], [6, 7], [8], [9], [10], [11]])
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_all_batches_of_a_sampler_make_a_step_that_is_always_short(tmp_path: Path) -> None:
+    """Eight batches and an accumulation of sixteen."""
+    watch, rescaler = exact(), LearningRateRescaler()
+    loader = DataLoader(data(12), batch_sampler=Uneven())
+    fit(tmp_path, Linear(), loader, watch, rescaler, max_epochs=2, accumulate_grad_batches=16)
+    expected = top(torch.stack([hessian(INPUTS[each]) for each in Uneven()]).sum(0) / 16)
+    for point in watch.history:
+        assert point["sharpness/MiniBS"] == pytest.approx(expected, rel=1e-3)
+        assert point["sharpness/current_batch"] == pytest.approx(expected, rel=1e-3)
+        assert point["sharpness/batch_size"] == 12
+    assert rescaler.state_dict()["size"] == 12
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_sampler_may_draw_more_samples_than_there_are(replacement: bool, tmp_path: Path) -> None:
+    """Sixteen batches of two out of eight samples make a step of thirty-two."""
+    if replacement:
+        sampler: Any = WeightedRandomSampler([1.0] * 8, 64)
+    else:
+        sampler = RandomSampler(data(8), num_samples=64)
+    watch = SharpnessMonitor(every_n_train_steps=1, rel_error=1e-6, num_batches=200)
+    rescaler = LearningRateRescaler()
+    loader = DataLoader(data(8), 2, sampler=sampler)
+    fit(tmp_path, Linear(), loader, watch, rescaler, max_steps=1, accumulate_grad_batches=16)
+    generator, values = torch.Generator().manual_seed(1), []
+    for _ in range(4000):
+        drawn = torch.cat([torch.randperm(8, generator=generator) for _ in range(4)])
+        drawn = torch.randint(8, (32,), generator=generator) if replacement else drawn
+        values.append(top(hessian(INPUTS[drawn])))
+    spread, (point,) = torch.tensor(values), watch.history
+    stderr = float(spread.std()) * (1 / 200 + 1 / 4000) ** 0.5
+    assert abs(point["sharpness/MiniBS"] - float(spread.mean())) <= 4 * stderr + 1e-3 * float(spread.mean())
+    assert point["sharpness/batch_size"] == rescaler.state_dict()["size"] == 32
+
+
+class Epochs(Sampler[int]):
+    """Draws with replacement, from a generator that the number of the epoch makes, as DistributedSampler does."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randint(20, (20,), generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return 20
+
+
+def test_epochs_of_a_sampler_differ_as_in_training(tmp_path: Path) -> None:
+    """Five batches an epoch would else be all that is ever drawn."""
+    watch = SharpnessMonitor(every_n_train_steps=1, rel_error=1e-6, num_batches=60)
+    fit(tmp_path, Linear(), DataLoader(data(20), 4, sampler=Epochs()), watch, max_steps=1)
+    assert watch.latest is not None
+    assert len({round(value, 9) for value in watch.latest.mini_batch.values}) > 50
+    generator = torch.Generator().manual_seed(1)
+    drawn = [INPUTS[torch.randint(20, (4,), generator=generator)] for _ in range(4000)]
+    spread, found = torch.tensor([top(hessian(each)) for each in drawn]), watch.history[0]["sharpness/MiniBS"]
+    assert abs(found - float(spread.mean())) < 4 * float(spread.std()) * (1 / 60 + 1 / 4000) ** 0.5
+
+
+class Long(Sampler[list[int]]):
+    """The flat samples first, in more batches than anyone wants to solve."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([number // 1000] for number in range(20_000))
+
+    def __len__(self) -> int:
+        return 20_000
+
+
+def test_the_end_of_a_long_epoch_has_its_say(tmp_path: Path) -> None:
+    order = INPUTS[:20].square().sum(1).argsort()
+    watch = SharpnessMonitor(every_n_train_steps=1, rel_error=1e-6, num_batches=200)
+    sorted_data = TensorDataset(INPUTS[order])
+    fit(tmp_path, Linear(), DataLoader(sorted_data, batch_sampler=Long()), watch, max_steps=1)
+    spread = INPUTS[:20].square().sum(1)
+    assert abs(watch.history[0]["sharpness/MiniBS"] - float(spread.mean())) < 4 * float(spread.std()) / 200**0.5
+
+
+def test_a_limit_holds_where_a_samplers_batches_differ(tmp_path: Path) -> None:
+    """Three batches a step, of 3.4 samples in the mean: both sides call that ten."""
+
+    class Sizes(Sampler[list[int]]):
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+
+        def __len__(self) -> int:
+            return 5
+
+    watch, rescaler = exact(), LearningRateRescaler(max_edge_ratio=0.5)
+    loader = DataLoader(data(17), batch_sampler=Sizes())
+    fit(tmp_path, Linear(0.5), loader, watch, rescaler, max_epochs=2, accumulate_grad_batches=3)
+    assert watch.history[0]["sharpness/edge_ratio_directional"] > 0.5
+    assert watch.history[0]["sharpness/batch_size"] == 10
+    assert min(point["learning_rate/scale"] for point in rescaler.history) < 0.9
+
+
+def test_a_chosen_batch_size_is_drawn_from_the_sampler(tmp_path: Path) -> None:
+    """Of one sample that is drawn always there is one batch, whatever its size."""
+    weights = [1.0] + [0.0] * 19
+    watch = exact(batch_size=7)
+    fit(tmp_path, Linear(), DataLoader(data(20), 4, sampler=WeightedRandomSampler(weights, 20)), watch, max_steps=1)
+    (point,) = watch.history
+    assert point["sharpness/batch_size"] == 7
+    assert point["sharpness/MiniBS"] == pytest.approx(top(hessian(INPUTS[:1])), rel=1e-3)
+    with pytest.raises(ValueError, match=r"batch_size=7 cannot be made of .* a batch sampler that makes its own"):
+        fit(tmp_path / "own", Linear(), DataLoader(data(20), batch_sampler=Tokens()), exact(batch_size=7))
+
+
+def test_what_the_sampler_does_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr("lightning_eoss.training.watch.rank_zero_info", heard.append)
     fit(tmp_path, Linear(), DataLoader(data(20), batch_sampler=Tokens()), exact(), max_steps=1)
-    said = capfd.readouterr().err
+    said = " ".join(heard)
     assert "MiniBS from a copy of it" in said and "its batches have 2 to 8 samples, each counts as one step" in said
 
 
@@ -288,6 +419,13 @@ class Told(Graphs):
     @property
     def num_graphs(self) -> int:
         return len(self.targets)
+
+
+class Slots:
+    __slots__ = ("values",)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
 
 
 def graphs(kind: Any, sizes: Sequence[int] = (16, 16, 6)) -> list[Any]:
@@ -329,6 +467,9 @@ def as_dict(nodes: Tensor, targets: Tensor) -> dict[str, Tensor]:
         (Graphs(torch.zeros(5, 2), torch.zeros(5)), 5),
         ([torch.zeros(4, 2), None, "a", torch.tensor(1.0)], 4),
         ([torch.tensor(1.0), "a"], None),
+        (pack_sequence([torch.zeros(5, 3)]), 1),
+        ([pack_sequence([torch.zeros(5, 3), torch.zeros(2, 3)]), torch.zeros(2)], 2),
+        (Slots(torch.zeros(3, 2)), 3),
     ],
 )
 def test_a_count_is_believed_where_all_agree(batch: Any, expected: int | None) -> None:
@@ -443,10 +584,15 @@ def test_several_loaders_are_watched_without_a_trace(tmp_path: Path) -> None:
     assert len(watch.history) == 6 and len(noise.history) == 4
 
 
-def test_the_way_out_works_where_a_loader_is_exhausted(tmp_path: Path) -> None:
-    watch = exact(dataloader=both("max_size", 6, shuffle=False))
-    fit(tmp_path, Both(), both("max_size", 6, shuffle=True), watch, max_steps=1)
-    assert watch.history[0]["sharpness/FullBS"] > 0
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_the_same_loaders_as_a_dataloader_give_the_same(mode: Any, tmp_path: Path) -> None:
+    """Each batch is a step, also where a loader is exhausted."""
+    watches = exact(), exact(dataloader=both(mode, 6, shuffle=False))
+    for number, watch in enumerate(watches):
+        fit(tmp_path / str(number), Both(), both(mode, 6, shuffle=False), watch, max_steps=1)
+    own, given = (watch.history[0] for watch in watches)
+    assert own["sharpness/FullBS"] == pytest.approx(given["sharpness/FullBS"], rel=1e-3)
+    assert own["sharpness/batch_size"] == given["sharpness/batch_size"] == 6
 
 
 def test_a_list_of_one_loader_gives_lists(tmp_path: Path) -> None:
