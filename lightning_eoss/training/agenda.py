@@ -29,6 +29,7 @@ class Agenda:
     _peers: "list[Agenda]" = field(default_factory=list, repr=False)  # itself among them
     _fresh: bool = True  # nothing has been tried yet in this fit
     _last_step: int = -1  # that was tried; manual optimisation may skip steps
+    _asleep: float = 0.0  # seconds since fit began before which its share pays for nothing
 
     def __post_init__(self) -> None:
         self.forget()
@@ -50,7 +51,7 @@ class Agenda:
 
     def tried(self, step: int) -> None:
         """Notes that something was tried before this step."""
-        self._fresh, self._last_step = False, step
+        self._fresh, self._last_step, self._asleep = False, step, 0.0
 
     def expect(self, costs: Mapping[str, float]) -> None:
         """Enters estimates where nothing has been measured, and strikes out what has none.
@@ -97,7 +98,13 @@ class Agenda:
             What to measure before the next step.
         """
         if self.every_n_steps is None:
-            return self._due_by_share(elapsed, begun)
+            if elapsed < self._asleep:  # steps are many, and asking takes time
+                return frozenset()
+            due = self._due_by_share(elapsed, begun)
+            if not due and not self._fresh and self.share:
+                costs = [ledger.cost for ledger in self.ledgers.values()]
+                self._asleep = min(((self.spent + cost) / self.share - cost for cost in costs), default=0.0)
+            return due
         if step == self._last_step:
             return frozenset()
         every = {quantity: self.every_n_steps * self.seldom.get(quantity, 1) for quantity in self.ledgers}
