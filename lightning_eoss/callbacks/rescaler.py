@@ -13,16 +13,8 @@ from lightning_eoss.theory.control import CurvePoint, Reading, batch_factor, lim
 from lightning_eoss.theory.optimizers import PLAIN
 from lightning_eoss.theory.scaling import Rule, scaling_rule
 from lightning_eoss.theory.statistics import scaled
+from lightning_eoss.training import rates
 from lightning_eoss.training.probe import logging_step, step_parts, steps_now
-from lightning_eoss.training.rates import (
-    Overlay,
-    StepSize,
-    frame_watchers,
-    largest_rate,
-    refuse_other_steps,
-    the_optimizer,
-    unframe_watchers,
-)
 from lightning_eoss.training.watch import Watch
 
 
@@ -124,13 +116,13 @@ class LearningRateRescaler(Callback):
         self.max_scale = max_scale
         self.dry_run = dry_run
         self._watch = Watch(type(self).__name__, num_samples=num_samples, page=tags.write_page)
-        self._overlay = Overlay(self._scale)
+        self._overlay = rates.Overlay(self._scale)
         self._monitor: Any = None
         self._forget()
 
     def _forget(self) -> None:
         """Nothing has been seen."""
-        self._step_size = StepSize(self._watch.count)
+        self._step_size = rates.StepSize(self._watch.count)
         # What checkpoints hold.
         self._base: float | None = None  # batch size that the schedule's rates are meant for
         self._size: float | None = None  # batch size now
@@ -157,7 +149,7 @@ class LearningRateRescaler(Callback):
         if stage != "fit":
             return
         name = type(self).__name__
-        refuse_other_steps(trainer, pl_module, name)
+        rates.refuse_other_steps(trainer, pl_module, name)
         twins = [each for each in trainer.callbacks if isinstance(each, LearningRateRescaler)]
         if len(twins) > 1:
             raise MisconfigurationException(
@@ -182,12 +174,12 @@ class LearningRateRescaler(Callback):
                     "never act. Add a SharpnessMonitor() to the callbacks, or leave the argument out."
                 )
         if not self.dry_run:
-            frame_watchers(trainer, self, self._overlay, self._look_again)
+            rates.frame_watchers(trainer, self, self._overlay, self._look_again)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses optimizers without a rate or without a rule."""
         self._watch.begin()
-        optimizer = the_optimizer(trainer, type(self).__name__)
+        optimizer = rates.the_optimizer(trainer, type(self).__name__)
         if self.rule == "auto":
             try:
                 scaling_rule(optimizer)
@@ -196,7 +188,7 @@ class LearningRateRescaler(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reaches into the optimizer's steps, after a checkpoint has been loaded."""
-        self._step_size, self._stepped, self._used = StepSize(self._watch.count), None, -1
+        self._step_size, self._stepped, self._used = rates.StepSize(self._watch.count), None, -1
         self._held: bool | None = None  # whether the limit is what counts
         self._news = True  # whether there is something to log
         self._logged = -1  # where it was logged last
@@ -204,7 +196,7 @@ class LearningRateRescaler(Callback):
 
     def _reach(self, trainer: Any) -> None:
         """Holds on to the optimizer, and to another one where the Trainer has got it meanwhile."""
-        optimizer = the_optimizer(trainer, type(self).__name__)
+        optimizer = rates.the_optimizer(trainer, type(self).__name__)
         if optimizer is self._overlay.optimizer:
             return
         if self.dry_run:
@@ -229,7 +221,7 @@ class LearningRateRescaler(Callback):
         own = self._overlay.own
         usual = steps_now(trainer) and step_parts(trainer) >= self._step_size.parts(trainer)
         if self._monitor is not None and usual:  # a step that the epoch's end cuts short says nothing about the others
-            self._stepped = (trainer.global_step, largest_rate(own) * (1.0 if self.dry_run else self._scale(own)))
+            self._stepped = (trainer.global_step, rates.largest_rate(own) * (1.0 if self.dry_run else self._scale(own)))
         if self.dry_run:
             self._look_again(trainer)
         else:
@@ -266,7 +258,7 @@ class LearningRateRescaler(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leaves the list of callbacks as long as it was."""
         self._overlay.detach()
-        unframe_watchers(trainer, self._overlay)
+        rates.unframe_watchers(trainer, self._overlay)
 
     # ---- decisions ---------------------------------------------------------------------------------------------------
 
@@ -274,14 +266,14 @@ class LearningRateRescaler(Callback):
         """The factor to the schedule's own rates."""
         factor = self._control
         if self._limit < math.inf:
-            largest = largest_rate(own)
+            largest = rates.largest_rate(own)
             factor = min(factor, self._limit / largest) if largest > 0 else factor
         return self._batch_factor * max(factor, self.min_scale)
 
     def _look_at_batch_size(self, trainer: Any, batch: Any = None) -> None:
         """Follows the batch size, and notices where the schedule meets the limit."""
         own = self._overlay.own
-        largest, before = largest_rate(own), self._scale(own)
+        largest, before = rates.largest_rate(own), self._scale(own)
         reasons = self._follow_batch_size(trainer, batch)
         self._say_change(trainer, largest, before, self._scale(own), reasons)
         held = self._limit < self._control * largest
@@ -297,7 +289,7 @@ class LearningRateRescaler(Callback):
         if reading is None:
             return False
         own, step = self._overlay.own, trainer.global_step
-        largest, before = largest_rate(own), self._scale(own)
+        largest, before = rates.largest_rate(own), self._scale(own)
         reasons = self._follow(reading, largest, step)
         after = self._scale(own)
         self._say_change(trainer, largest, before, after, reasons)

@@ -27,18 +27,10 @@ from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
+from lightning_eoss.training import probe
 from lightning_eoss.training.data import check_chosen_batch_size, sampler_batches
 from lightning_eoss.training.monitor import Monitor
 from lightning_eoss.training.plan import foreseen, look_of, predictable, settle
-from lightning_eoss.training.probe import (
-    applied_limits,
-    cautions,
-    limits_to_come,
-    scaling_of,
-    sees_batches,
-    steps_now,
-    trains_nothing,
-)
 from lightning_eoss.training.watch import now
 from lightning_eoss.training.window import Window
 
@@ -189,11 +181,11 @@ class SharpnessMonitor(Monitor):
         """Measures before the step, where it is time."""
         arrived = time.perf_counter()
         if self._window.begins:
-            self._due = frozenset() if trains_nothing(trainer) else self._due_now(trainer)
+            self._due = frozenset() if probe.trains_nothing(trainer) else self._due_now(trainer)
             self._due = self._due if self._due and self._watch.rested() else frozenset()
-            if self._due and limits_to_come(trainer):
+            if self._due and probe.limits_to_come(trainer):
                 self._put_off, self._due = self._due, frozenset()
-        self._window.begins = steps_now(trainer)
+        self._window.begins = probe.steps_now(trainer)
         try:
             if self._due:
                 arrived = now(pl_module)  # what the device is still doing is training's
@@ -236,13 +228,14 @@ class SharpnessMonitor(Monitor):
         step = trainer.global_step
         with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
             assert self._watch.data is not None
-            limits = applied_limits(trainer)
+            limits = probe.applied_limits(trainer)
             scaling = None
             if isinstance(limits, StabilityLimits):
-                scaling = scaling_of(limits, objective.parameters, krylov_like(objective))
+                scaling = probe.scaling_of(limits, objective.parameters, krylov_like(objective))
             if self._plan is None:
                 # In units of the limits there is no curve for the current batch.
-                self._prepare(trainer, objective, current=(scaling is None or self.raw) and sees_batches(pl_module))
+                shown = (scaling is None or self.raw) and probe.sees_batches(pl_module)
+                self._prepare(trainer, objective, current=shown)
                 self._due = self._due_now(trainer, time.perf_counter() - arrived)
             if self._plan is None or not self._due:
                 return None
@@ -320,7 +313,7 @@ class SharpnessMonitor(Monitor):
         batch_size, parts = self._watch.step_size(trainer, self.batch_size)
         checks.batch_size_of_data(batch_size, data.source.num_samples)
         findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
-        for warning in (*findings.warnings, *cautions(trainer, objective.module)):
+        for warning in (*findings.warnings, *probe.cautions(trainer, objective.module)):
             self._watch.say(warning)
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return

@@ -11,14 +11,7 @@ from torch import Tensor
 from lightning_eoss.curvature.objective import Batch
 from lightning_eoss.curvature.operators import Operator, Reduce
 from lightning_eoss.curvature.solver import Lead, Solver
-from lightning_eoss.theory.statistics import (
-    Estimate,
-    control_variate_estimate,
-    is_precise,
-    mean_estimate,
-    moments,
-    next_count,
-)
+from lightning_eoss.theory import statistics
 
 NUM_AUDITS = 2
 
@@ -56,28 +49,28 @@ class Sampled:
         """The rows that count."""
         return [row for row in self.rows if math.isfinite(row.value)]
 
-    def plain(self, reduce: Reduce) -> Estimate:
+    def plain(self, reduce: Reduce) -> statistics.Estimate:
         """MiniBS as the mean of the values."""
         return self._mean([row.value for row in self.good], reduce)
 
-    def estimate(self, control_mean: float, reduce: Reduce) -> Estimate:
+    def estimate(self, control_mean: float, reduce: Reduce) -> statistics.Estimate:
         """MiniBS with the help of the controls."""
         good = self.good
         if self.exact or not good:
             return self.plain(reduce)
         values, controls = (tuple(column) for column in zip(*((row.value, row.control) for row in good), strict=True))
-        sums = reduce(moments(_tensor(values), _tensor(controls)))
-        return replace(control_variate_estimate(sums, control_mean), values=values)
+        sums = reduce(statistics.moments(_tensor(values), _tensor(controls)))
+        return replace(statistics.control_variate_estimate(sums, control_mean), values=values)
 
-    def directional(self, reduce: Reduce) -> Estimate:
+    def directional(self, reduce: Reduce) -> statistics.Estimate:
         """Directional sharpness. A batch whose gradient is zero has none."""
         return self._mean([row.directional for row in self.good if math.isfinite(row.directional)], reduce)
 
-    def _mean(self, values: list[float], reduce: Reduce) -> Estimate:
+    def _mean(self, values: list[float], reduce: Reduce) -> statistics.Estimate:
         """Mean of values with its interval, which is a point where they are not a sample."""
         if self.exact and values:
-            return Estimate(values[0], 0.0, values[0], values[0], (values[0],))
-        return replace(mean_estimate(reduce(moments(_tensor(values)))), values=tuple(values))
+            return statistics.Estimate(values[0], 0.0, values[0], values[0], (values[0],))
+        return replace(statistics.mean_estimate(reduce(statistics.moments(_tensor(values)))), values=tuple(values))
 
 
 def sample(solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_mean: float, *, exact: bool) -> Sampled:
@@ -98,7 +91,7 @@ def sample(solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_
     """
     plan, limit = solver.plan, 1 if exact else solver.plan.num_batches
     sampled = Sampled(exact)
-    wanted = list(islice(batches, next_count(0, limit)))
+    wanted = list(islice(batches, statistics.next_count(0, limit)))
     _add(solver, wanted, lead, sampled)
     _audit(solver, wanted, sampled)
     if lead is not None and solver.decide(sampled.audit > plan.rel_error):
@@ -110,9 +103,9 @@ def sample(solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_
     while sampled.good:
         drawn = len(sampled.rows)
         estimate = sampled.estimate(control_mean, solver.reduce)
-        if solver.decide(drawn >= limit or is_precise(estimate, len(sampled.good), plan.rel_error)):
+        if solver.decide(drawn >= limit or statistics.is_precise(estimate, len(sampled.good), plan.rel_error)):
             break
-        wanted = list(islice(batches, next_count(drawn, limit) - drawn))
+        wanted = list(islice(batches, statistics.next_count(drawn, limit) - drawn))
         if not wanted:
             break
         _add(solver, wanted, lead, sampled)

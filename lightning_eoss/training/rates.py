@@ -21,14 +21,8 @@ from torch.optim import Optimizer
 
 from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import num_samples_of
+from lightning_eoss.training import probe
 from lightning_eoss.training.data import PASS_NUM_SAMPLES, own_batch_sizes
-from lightning_eoss.training.probe import (
-    only_optimizer,
-    step_parts,
-    steps_now,
-    trains_nothing,
-    usual_parts,
-)
 
 Factor = Callable[[Sequence[Any]], float]  # the groups' own rates, numbers or tensors, to the factor to all of them
 
@@ -327,7 +321,7 @@ class StepSize:
         if None in self._told and batch is not None:
             self._count(trainer, batch)
         parts = self.parts(trainer)
-        if trains_nothing(trainer) or not parts or (None in self._told and self._counted is None):
+        if probe.trains_nothing(trainer) or not parts or (None in self._told and self._counted is None):
             return None
         samples = parts * (self._counted or 0) + sum(min(parts * each[0], each[1]) for each in self._told if each)
         samples *= _sharing(trainer)
@@ -351,11 +345,11 @@ class StepSize:
         """Batches of a usual step; 0 where the first one has yet to show how many the epoch has."""
         accumulated = int(trainer.accumulate_grad_batches)
         if accumulated == 1 or trainer.num_training_batches < math.inf:
-            return usual_parts(trainer)
+            return probe.usual_parts(trainer)
         if self._longest[0] != accumulated:
             self._longest = (accumulated, 0)
-        if steps_now(trainer):
-            self._longest = max(self._longest, (accumulated, step_parts(trainer)))
+        if probe.steps_now(trainer):
+            self._longest = max(self._longest, (accumulated, probe.step_parts(trainer)))
         return self._longest[1]
 
 
@@ -423,7 +417,7 @@ def the_optimizer(trainer: Any, name: str) -> Optimizer:
     otherwise = (
         "which of them a batch size or an edge ratio belongs to is not known. Scale them in configure_optimizers."
     )
-    optimizer: Optimizer = only_optimizer(trainer, name, otherwise)
+    optimizer: Optimizer = probe.only_optimizer(trainer, name, otherwise)
     rates = [group.get("lr") for group in getattr(optimizer, "param_groups", [])]
     if not rates or not all(isinstance(rate, (int, float, Tensor)) for rate in rates):
         raise MisconfigurationException(
