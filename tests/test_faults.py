@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_eoss
+from lightning_eoss import GradientNoiseInjector
 from lightning_eoss.display import dashboard as tags
+from lightning_eoss.training.watch import _SHARED
 from tests.runs import (
     Regressor,
     assert_same,
@@ -169,6 +172,74 @@ def test_samples_that_only_workers_can_load(name: str, by_workers: DataLoader[An
     callback = type(callback)(every_n_train_steps=2, dataloader=list(by_workers))
     assert_same(trained("out", callback), alone)
     assert history(callback) == [0, 2, 4]
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_the_injector_says_that_it_is_the_samples(by_workers: DataLoader[Any], tmp_path: Path) -> None:
+    """Its steps cannot do without them; the loss is not to blame."""
+    with pytest.raises(AttributeError, match="'seek'") as raised:
+        fit(tmp_path, Regressor(), by_workers, GradientNoiseInjector(), max_epochs=1)
+    assert any("dataloader=list" in note for note in raised.value.__notes__)
+
+
+def test_refusals_name_one_way_out(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(samples())
+
+    with pytest.raises(MisconfigurationException, match="Pass dataloader=") as raised:
+        fit(tmp_path, Regressor(), DataLoader(Stream(), 4), monitor())
+    assert not getattr(raised.value, "__notes__", ())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("on purpose")])
+def test_nothing_is_shared_after_the_end(error: BaseException, tmp_path: Path) -> None:
+    """The first of two monitors ends training in the midst of its measurement."""
+
+    def fault(module: Any, batch: Any) -> None:
+        SEEN.append(0)
+        if len(SEEN) == 12:
+            raise error
+
+    SEEN.clear()
+    trainer = trainer_of(tmp_path, monitor(), public_callback("GradientNoiseMonitor"))
+    with pytest.raises((SystemExit, KeyboardInterrupt, RuntimeError)):
+        trainer.fit(Faulty(fault), loader())
+    assert len(SEEN) == 12
+    assert trainer not in _SHARED
+
+
+def test_a_step_that_goes_on_after_a_checkpoint_has_lost_its_first_half(tmp_path: Path) -> None:
+    """Two of four batches were behind it, and their gradients are not in the checkpoint."""
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1 and trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    class Stepped(Regressor):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            gradients.append([each.grad.clone() for each in self.parameters()])
+
+    gradients: list[list[Tensor]] = []
+    fit(tmp_path / "first", Stepped(), loader(), Saves(), max_steps=1, accumulate_grad_batches=4)
+    watch, module = monitor(1, rel_error=1e-3), Stepped()
+    gradients.clear()
+    options = {"max_epochs": 1, "accumulate_grad_batches": 4}
+    fit(tmp_path / "again", module, loader(), watch, ckpt_path=tmp_path / "half.ckpt", **options)
+    first = next(point for point in watch.history if point["step"] == 0)
+    assert first["sharpness/batch_size"] == 8  # of two batches
+    # The gradient of that very step says so, too: half of the mean of two.
+    saved = Stepped()
+    saved.load_state_dict(torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"])
+    inputs, targets = samples().tensors
+    half = torch.autograd.grad(
+        saved.loss((inputs[:8], targets[:8])) / 2, list(saved.parameters())
+    )  # loaders start anew
+    torch.testing.assert_close(gradients[0], list(half))
+    full = [point for point in watch.history if point["step"] == 1]
+    assert full[0]["sharpness/batch_size"] == 8  # the epoch's end: two of four
 
 
 def test_a_loader_of_ones_own_that_fails_is_said_to(tmp_path: Path) -> None:

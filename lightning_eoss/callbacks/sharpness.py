@@ -179,6 +179,7 @@ class SharpnessMonitor(Monitor):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time."""
+        self._watch.see(trainer)
         arrived = time.perf_counter()
         if self._window.begins:
             self._due = frozenset() if probe.trains_nothing(trainer) else self._due_now(trainer)
@@ -227,7 +228,8 @@ class SharpnessMonitor(Monitor):
         """A measurement of the module as it is."""
         step = trainer.global_step
         with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
-            assert self._watch.data is not None
+            data = self._watch.data
+            assert data is not None
             limits = probe.applied_limits(trainer)
             scaling = None
             if isinstance(limits, StabilityLimits):
@@ -241,22 +243,20 @@ class SharpnessMonitor(Monitor):
                 return None
             assert self._findings is not None
             batch_size, parts = self._watch.step_size(trainer, self.batch_size)
-            sampler, sizes = self._watch.data.sampler, self._watch.data.sizes
-            samples = None if sampler is None else round(parts * (sizes.mean if sizes else batch_size))
+            size = data.sizes.mean if data.sizes else batch_size
+            samples = None if data.sampler is None else round(parts * size)
             self._plan = replace(self._plan, batch_size=batch_size, parts=parts, samples=samples)
             plan = look_of(self._plan, self._findings, objective.source.num_samples, self._agenda)
             plan = self._watch.within(plan, self._findings, objective)
             curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
 
             def look(current: Batch | None, scaling: Scaling | None) -> SharpnessMeasurement:
-                assert self._watch.data is not None and self._findings is not None
+                assert self._findings is not None
                 batches = None
-                if self._watch.data.sampler is not None and "mini" in self._due:
+                if data.sampler is not None and "mini" in self._due:
                     isolation.reseed(derived_seed(self.seed, 4, step))
-                    seed = derived_seed(self.seed, 5, step)
-                    batches = sampler_batches(
-                        *(self._watch.data, plan.parts, plan.num_batches), seed=seed, batch_size=self.batch_size
-                    )
+                    given: dict[str, Any] = {"seed": derived_seed(self.seed, 5, step), "batch_size": self.batch_size}
+                    batches = sampler_batches(data, plan.parts, plan.num_batches, **given)
                 measurement, self._warm[scaling is not None] = measure(
                     objective,
                     plan,

@@ -28,6 +28,7 @@ from lightning_eoss.training.probe import (
     refuse,
     refuse_frozen,
 )
+from lightning_eoss.training.rates import is_a
 from lightning_eoss.training.watch import Watch
 
 Rule = Literal["nesterov", "polyak"]
@@ -174,7 +175,7 @@ class SpectralLearningRate(Callback):
             return
         refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
         self._watch.count_twins(trainer, self)
-        if not self.dry_run and any(_averages_by_schedule(each) for each in trainer.callbacks):
+        if not self.dry_run and any(is_a(each, "StochasticWeightAveraging") for each in trainer.callbacks):
             raise MisconfigurationException(
                 f"{type(self).__name__} does not work beside StochasticWeightAveraging, which anneals the learning "
                 f"rate by a scheduler of its own: {_SCHEDULED}. Average by lightning.pytorch.callbacks.WeightAveraging."
@@ -323,11 +324,6 @@ def _refuse_optimizer(trainer: Any, name: str) -> None:
             f"{name} does not work with maximize=True: uphill, negative curvature decides, and the rules know of "
             "positive curvature alone. Minimize the negative loss."
         )
-
-
-def _averages_by_schedule(callback: Any) -> bool:
-    """Whether it is StochasticWeightAveraging: Lightning's classes exist twice."""
-    return any(kind.__name__ == "StochasticWeightAveraging" for kind in type(callback).__mro__)
 
 
 def _ratios(groups: list[dict[str, Any]]) -> list[float]:

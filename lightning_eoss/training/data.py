@@ -2,10 +2,10 @@
 
 import copy
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -148,8 +148,7 @@ def training_data(
             f"differ in length, or there are none), and FullBS is a mean over samples. {PASS_NUM_SAMPLES}"
         )
     known = [size or 0 for size in sizes]
-    if combined:  # each batch is a step, also where a loader is exhausted
-        known = [max(known)] * len(known)
+    known = [max(known)] * len(known) if combined else known  # each is a step, also where a loader is exhausted
     return TrainingData(objective.BatchListSource(batches, known, transfer), 1, ())
 
 
@@ -290,9 +289,8 @@ def own_batch_sizes(loader: Any) -> BatchSizes | None:
     batch_sampler = getattr(loader, "batch_sampler", None)
     if batch_sampler is None or type(batch_sampler) is BatchSampler:
         return None
-    counts = Counter(len(each) for each in _epoch(batch_sampler, 0))
-    mean = sum(size * count for size, count in counts.items()) / max(1, counts.total())
-    return BatchSizes(mean, min(counts, default=1), max(counts, default=1))
+    sizes = [len(each) for each in _epoch(batch_sampler, 0)] or [1]
+    return BatchSizes(fmean(sizes), min(sizes), max(sizes))
 
 
 def sampler_batches(

@@ -96,6 +96,7 @@ class Monitor(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measures before the step, where it is time, and keeps account of the time."""
+        self._watch.see(trainer)
         arrived = None
         try:
             # With its last batch all of a step is known.

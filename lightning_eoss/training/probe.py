@@ -187,14 +187,21 @@ def _training_step(pl_module: nn.Module) -> Callable[..., Any]:
 # ---- its steps ------------------------------------------------------------------------------------------------------
 
 
-def step_parts(trainer: Any) -> int:
+def batches_begun(trainer: Any) -> int:
+    """Loader batches of the epoch so far, that at hand among them."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def step_parts(trainer: Any, since: int = 0) -> int:
     """Loader batches of the step at hand: fewer than the accumulation's where the epoch ends before.
 
-    Known from its last batch on (`steps_now`), before that where the epoch's length is.
+    Known from its last batch on (`steps_now`), before that where the epoch's length is. Of what an earlier fit has done
+    of the step, its first `since` batches of the epoch, no gradient is left.
     """
-    accumulated, ready = int(trainer.accumulate_grad_batches), trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    accumulated, ready = int(trainer.accumulate_grad_batches), batches_begun(trainer)
     done = max(0, ready - 1) // accumulated * accumulated  # in earlier steps
-    return ready - done if steps_now(trainer) else int(min(accumulated, trainer.num_training_batches - done))
+    end = ready if steps_now(trainer) else int(min(done + accumulated, trainer.num_training_batches))
+    return end - max(done, since)
 
 
 def usual_parts(trainer: Any) -> int:

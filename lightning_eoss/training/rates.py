@@ -228,7 +228,7 @@ def frame_watchers(trainer: Any, callback: Callback, overlay: Overlay, look: Cal
     places: dict[int, list[Callback]] = {1: [], 2: [callback], 3: [], 4: [], 5: [], 6: [], 7: []}
     for each in others:
         place = (
-            7 if _is_a(each, "Checkpoint") else 3 if _measures(each) else 5 if _is_a(each, "LearningRateMonitor") else 1
+            7 if is_a(each, "Checkpoint") else 3 if _measures(each) else 5 if is_a(each, "LearningRateMonitor") else 1
         )
         places[place].append(each)
     places[4], places[6] = [Between(overlay, look)], [Between(overlay, overlay.end, overlay.end)]
@@ -247,7 +247,7 @@ def unframe_watchers(trainer: Any, overlay: Overlay) -> None:
     ]
 
 
-def _is_a(callback: Any, name: str) -> bool:
+def is_a(callback: Any, name: str) -> bool:
     """Whether it is of a class of that name: Lightning's classes exist twice."""
     return any(kind.__name__ == name for kind in type(callback).__mro__)
 

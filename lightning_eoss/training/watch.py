@@ -21,6 +21,7 @@ from lightning_eoss.curvature.shortage import free, out_of_memory
 from lightning_eoss.curvature.solver import Plan, demand
 from lightning_eoss.training.data import TrainingData, check_dataloader, is_live, training_data
 from lightning_eoss.training.probe import (
+    batches_begun,
     logging_step,
     step_parts,
     training_loss,
@@ -58,6 +59,7 @@ class Watch:
     _wanted: float = math.inf  # bytes that a plan would take
     _failures: int = 0  # in a row
     _rests: int = 0  # turns to be left out
+    _since: tuple[int, int] | None = None  # the epoch that this fit began in, and batches that were behind it
     notes: Sequence[str] = ()  # what holds for this run, for the dashboard
     _drawn: set[int] = field(default_factory=set)  # loggers of this fit that have the dashboard
     _said: set[str] = field(default_factory=set)
@@ -69,7 +71,7 @@ class Watch:
     def begin(self) -> None:
         """Starts the clock of a fit."""
         self.began, self._drawn, self._failures, self._rests = time.perf_counter(), set(), 0, 0
-        self._memory = math.inf
+        self._memory, self._since = math.inf, None
 
     @property
     def elapsed(self) -> float:
@@ -116,7 +118,7 @@ class Watch:
                     self._cache(trainer),
                     owned={id(each) for each in owned} or None,
                     # The divisor is the whole accumulation's, also where the epoch ends before it is full.
-                    scale=step_parts(trainer) / trainer.accumulate_grad_batches,
+                    scale=self._parts(trainer) / trainer.accumulate_grad_batches,
                 ),
                 isolation,
             )
@@ -127,13 +129,22 @@ class Watch:
             return num_samples_of(batch)
         return self.num_samples if isinstance(self.num_samples, int) else int(self.num_samples(batch))
 
+    def see(self, trainer: Any) -> None:
+        """Notes, with its first batch, where a fit goes on in an epoch."""
+        self._since = self._since or (trainer.current_epoch, batches_begun(trainer) - 1)
+
+    def _parts(self, trainer: Any) -> int:
+        """Loader batches of the step at hand."""
+        epoch, since = self._since or (-1, 0)
+        return step_parts(trainer, since if trainer.current_epoch == epoch else 0)
+
     def step_size(self, trainer: Any, batch_size: int | None) -> tuple[int, int]:
         """Samples of a loader batch (or as many as a user chose), and how many of them the step at hand has."""
         assert self.data is not None
         if batch_size is not None:
             return batch_size, 1
         there = -(-self.data.source.num_samples // self.data.batch_size)
-        parts = max(1, step_parts(trainer))  # a sampler may draw more samples in an epoch than there are
+        parts = max(1, self._parts(trainer))  # a sampler may draw more samples in an epoch than there are
         return self.data.batch_size, min(parts, there) if self.data.sampler is None else parts
 
     def _cache(self, trainer: Any) -> BatchCache:

@@ -192,6 +192,32 @@ def test_a_logger_that_recovers_gets_its_page(tmp_path: Path) -> None:
     assert charts_of(layout_pb2.Layout.FromString(page.tensor_proto.string_val[0]))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_that_fail_leave_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("no pictures today")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_histogram", refused)
+    monkeypatch.setattr("lightning_eoss.display.dashboard.write_histogram", refused)
+    board = TensorBoardLogger(tmp_path, name="board")
+    fit(tmp_path, Regressor(), loader(), public_callback("SharpnessMonitor"), logger=board)
+    events = EventAccumulator(board.log_dir, size_guidance={"tensors": 0})
+    events.Reload()
+    assert events.Tensors(metadata.CONFIG_SUMMARY_TAG) and tags.MINI_BS in events.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_one_logger_does_to_its_points_the_next_does_not_see(tmp_path: Path) -> None:
+    class Greedy(CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            super().log_metrics(dict(metrics), step)
+            metrics.clear()
+
+    loggers = [Greedy(tmp_path / "greedy"), CSVLogger(tmp_path, name="logs", version=0)]
+    fit(tmp_path, Regressor(), loader(), public_callback("SharpnessMonitor"), logger=loggers)
+    assert any(tags.MINI_BS in row for row in cells(tmp_path, ours=True))
+
+
 def test_an_interrupt_while_writing_is_none_of_ours(tmp_path: Path) -> None:
     class Pressed(Failing):
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
