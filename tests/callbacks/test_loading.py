@@ -91,6 +91,7 @@ def test_predictions_keep_it_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_at_a_share_the_first_look_is_no_tenth_of_two_minutes(tmp_path: Path) -> None:
     """It took 13 s. Now it waits, or takes less than the eager seconds, the trial included."""
     seeded()
@@ -106,6 +107,7 @@ def test_at_a_share_the_first_look_is_no_tenth_of_two_minutes(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_monitors_of_all_kinds_have_one_share(tmp_path: Path) -> None:
     """On five minutes of loading, of which each would take 5 % by itself."""
     seeded()
