@@ -36,9 +36,9 @@ def one_of(name: str, value: Any, choices: Collection[Any], words: str) -> None:
         raise ValueError(f"{name}={value!r} is unknown: {words}")
 
 
-def loss_function(loss_fn: Callable[[Any, Any], Any] | None, *, none: bool = True) -> None:
-    """Refuses functions that do not take a module and a batch."""
-    if none and loss_fn is None:
+def loss_function(loss_fn: Callable[[Any, Any], Any] | None) -> None:
+    """Refuses functions that do not take a module and a batch; None is none, and passes."""
+    if loss_fn is None:
         return
     if not callable(loss_fn):
         raise TypeError(f"loss_fn={loss_fn!r} must be a function of (module, batch) that returns the loss.")

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ class Scaling:
     limits: Tensor | None = None  # (P,) the diagonal of D; None: 1
     weight_decay: Tensor | None = None  # (P,) the diagonal of W; None: 0
 
-    @property
+    @cached_property
     def factors(self) -> Tensor | None:
         """(P,) the diagonal of D^{-1/2}; 0 where a limit is infinite (a learning rate of 0)."""
         return None if self.limits is None else self.limits.rsqrt()

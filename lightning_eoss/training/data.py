@@ -283,13 +283,14 @@ def _indexed(loader: Any, transfer: Callable[[Any], Any], reach: int | None) -> 
 def own_batch_sizes(loader: Any) -> BatchSizes | None:
     """Sizes of an epoch's batches where a batch sampler of its own makes them, from a copy; None where torch's does.
 
-    To be called where generators are isolated. What such a sampler calls its `batch_size` need not be a number of
-    samples, nor need its batches have one size (token budgets, buckets).
+    What such a sampler calls its `batch_size` need not be a number of samples, nor need its batches have one size
+    (token budgets, buckets).
     """
     batch_sampler = getattr(loader, "batch_sampler", None)
     if batch_sampler is None or type(batch_sampler) is BatchSampler:
         return None
-    sizes = [len(each) for each in _epoch(batch_sampler, 0)] or [1]
+    with isolated(nn.Module(), _reachable(loader)):
+        sizes = [len(each) for each in _epoch(batch_sampler, 0)] or [1]
     return BatchSizes(fmean(sizes), min(sizes), max(sizes))
 
 
@@ -317,7 +318,8 @@ def sampler_batches(
         full = [each for each in drawn if len(each) == (batch_size or data.batch_size) or data.sizes]
         drawn = full if len(full) >= parts else drawn
         steps = [drawn[first : first + parts] for first in range(0, len(drawn) - parts + 1, parts)]
-        alike = hash(tuple(sorted(map(hash, map(tuple, steps)))))  # in whatever order
+        several = known or len(steps) < count  # epochs; they are compared whatever their order
+        alike = hash(tuple(sorted(map(hash, map(tuple, steps))))) if several else 0
         if not steps or alike in known:
             break
         known.add(alike)

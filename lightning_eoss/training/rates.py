@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_eoss.curvature.isolation import isolated
 from lightning_eoss.curvature.objective import num_samples_of
 from lightning_eoss.training import probe
 from lightning_eoss.training.data import PASS_NUM_SAMPLES, own_batch_sizes
@@ -355,9 +354,7 @@ class StepSize:
 
 def _batch_size(loader: Any) -> tuple[float, float] | None:
     """Samples of a loader's batches, in the mean, and of all of them together; None where it does not tell."""
-    with isolated(nn.Module(), [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]):
-        own = own_batch_sizes(loader)
-    if own:
+    if own := own_batch_sizes(loader):
         return own.mean, math.inf
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if not isinstance(size, int) or size < 1:
