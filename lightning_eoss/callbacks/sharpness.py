@@ -169,8 +169,7 @@ class SharpnessMonitor(Monitor):
         """Refuses what cannot be monitored, and forgets an earlier fit's plan; a checkpoint is loaded later."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._momentum = False
-            self.latest = None
+            self._momentum, self.latest = False, None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""

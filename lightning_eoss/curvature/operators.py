@@ -99,14 +99,15 @@ def flattened(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor], dt
 def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The pieces of a (..., P) vector in the shapes and dtypes of the parameters.
 
-    They are copies: a view at an odd offset is none of complex numbers, which a network may ask of its gradients.
+    A view at an odd offset is none of complex numbers, which a network may ask of its gradients: there, it is a copy.
     """
     shapes = [real(parameter).shape for parameter in parameters]
     pieces = vector.split([shape.numel() for shape in shapes], dim=-1)
     copies = []
     for piece, shape, parameter in zip(pieces, shapes, parameters, strict=True):
         shaped = piece.reshape((*vector.shape[:-1], *shape))
-        own = shaped.to(parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=True)
+        odd = piece.storage_offset() % 2 != 0 or any(stride % 2 for stride in piece.stride()[:-1])
+        own = shaped.to(parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=odd)
         copies.append(torch.view_as_complex(own) if parameter.is_complex() else own)
     return copies
 
