@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.demo import DigitsMLP, digits
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 
 #: Batch size, learning rate, steps; 1,024 is full-batch gradient descent.
 CELLS = ((16, 1.0, 6000), (64, 1.0, 6000), (1024, 1.0, 3600), (16, 0.5, 6000))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eoss import SharpnessMonitor
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 
 SHOWN = (tags.MINI_BS, tags.FULL_BS, tags.CURRENT_BATCH)
 

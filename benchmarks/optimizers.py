@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.demo import DigitsMLP, digits
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 
 Make = Callable[..., Optimizer]
 Course = list[dict[str, float]]

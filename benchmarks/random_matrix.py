@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eoss.curvature.measure import measure_sharpness
-from lightning_eoss.curvature.predict import SharpnessPrediction, predict_sharpness
 from lightning_eoss.demo import digits
+from lightning_eoss.measurements.prediction import SharpnessPrediction, predict_sharpness
+from lightning_eoss.measurements.sharpness import measure_sharpness
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 POINTS = {"init": 0, "epoch 5": 5, "epoch 150": 150}

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eoss.curvature.isolation import isolated
-from lightning_eoss.curvature.measure import measure
-from lightning_eoss.curvature.objective import DatasetSource, Objective, derived_seed, full_batch, random_batches
+from lightning_eoss.curvature.batches import DatasetSource, full_batch, random_batches
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Sequential
 from lightning_eoss.curvature.preflight import preflight
+from lightning_eoss.curvature.seeds import derived_seed
 from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.isolation.isolate import isolated
 from lightning_eoss.linalg.lanczos import lanczos
+from lightning_eoss.measurements.sharpness import measure
 
 BATCH, SAMPLES = 32, 2048
 

@@ -12,9 +12,10 @@ from statistics import median
 import torch
 from torch import nn
 
-from lightning_eoss.curvature.isolation import isolated
-from lightning_eoss.curvature.objective import DatasetSource, Objective, random_batches
+from lightning_eoss.curvature.batches import DatasetSource, random_batches
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Sequential, Stacked
+from lightning_eoss.isolation.isolate import isolated
 
 CELLS = tuple((width, batch_size) for width in (32, 128, 512, 2048) for batch_size in (8, 32, 128))
 

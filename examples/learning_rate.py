@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_eoss import LearningRateRescaler, SharpnessMonitor, SpectralLearningRate, measure_sharpness
 from lightning_eoss.demo import DigitsMLP, digits
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
 from lightning_eoss.theory.random_matrix import BatchSizeCurve, fit_batch_size_curve
 from lightning_eoss.theory.scaling import curve_factor, scale_learning_rate

@@ -25,9 +25,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import TensorDataset
 
 from lightning_eoss import measure_sharpness
-from lightning_eoss.curvature.noise import Noise, gradient_with_noise
 from lightning_eoss.demo import digits
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
+from lightning_eoss.theory.gradient_noise import Noise, gradient_with_noise
 
 RATE, BATCH_SIZE = 1.0, 16
 RUNS = {  # what a step goes by, and how it is drawn

@@ -31,13 +31,12 @@ from lightning_eoss import (
     measure_spectra,
     predict_sharpness,
 )
+from lightning_eoss.curvature.batches import random_batches
 from lightning_eoss.curvature.gauss_newton import curvature_of, ntk
-from lightning_eoss.curvature.measure import standalone
-from lightning_eoss.curvature.objective import random_batches
-from lightning_eoss.curvature.predict import predict
 from lightning_eoss.curvature.solver import Plan, WarmStart
-from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
-from lightning_eoss.display.spectrum import spectrum_figure
+from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank, spectrum_figure
+from lightning_eoss.measurements.prediction import predict
+from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.theory.random_matrix import (
     fit_batch_size_curve,
     gap_exponent,

@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor
-from lightning_eoss.curvature.potential import RandomPotential, random_potential
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
+from lightning_eoss.measurements.potential import RandomPotential, random_potential
 from lightning_eoss.theory.random_walk import SINCE, DistanceLaws
 
 COLORS = (BLUE, GREEN, VERMILLION, INK)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_eoss import __version__
-from lightning_eoss.display import dashboard
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import prediction_figure, sharpness_figure
 from lightning_eoss.display.summary import read_curves, summary_table, verdict
 
@@ -103,7 +103,7 @@ def _report(logdir: Path, name: str | None, out: Path) -> None:
     print(f"\n{verdict(runs[name])}\n")
     _require("matplotlib", extra="plot")
     pictures = {"Picture": (out, sharpness_figure)}
-    if dashboard.PREDICTION_SUBSPACE in runs[name]:
+    if tags.PREDICTION_SUBSPACE in runs[name]:
         pictures["Predictions"] = (out.with_name(f"{out.stem}_predictions{out.suffix}"), prediction_figure)
     for title, (path, figure) in pictures.items():
         try:

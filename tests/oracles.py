@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightning_eoss.curvature.batches import Batch, Part, split
 from lightning_eoss.curvature.gauss_newton import OutputsFn, jacobian
-from lightning_eoss.curvature.objective import Batch, Objective, Part, split
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import gradient_graph
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
 
@@ -33,7 +34,7 @@ def gauss_newton_eigenvalues(objective: Objective, batch: Batch, outputs_fn: Out
 
         >>> from torch import nn
         >>> from torch.nn import functional as F
-        >>> from lightning_eoss.curvature.isolation import isolated
+        >>> from lightning_eoss.isolation.isolate import isolated
         >>> from lightning_eoss.curvature.objective import DatasetSource
         >>> model = nn.Linear(1, 1, bias=False)
         >>> loss = lambda batch: F.mse_loss(model(batch[0]), batch[1]) / 2

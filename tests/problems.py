@@ -10,8 +10,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from lightning_eoss.curvature.isolation import isolated
-from lightning_eoss.curvature.objective import DatasetSource, Objective
+from lightning_eoss.curvature.batches import DatasetSource
+from lightning_eoss.curvature.objective import Objective
+from lightning_eoss.isolation.isolate import isolated
 
 Sample = tuple[Tensor, Tensor]
 LossFn = Callable[[nn.Module, Any], Tensor]

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_eoss import __version__
 from lightning_eoss.cli import main
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 
 ROOT = Path(__file__).parents[1]
 

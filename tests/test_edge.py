@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import edge_on_digits
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.md"))
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_eoss
 from lightning_eoss import GradientNoiseInjector
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.training.watch import _SHARED
 from tests.runs import (
     Regressor,

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.demo import DigitsMLP, digits
-from lightning_eoss.display import dashboard
+from lightning_eoss.display import tags
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -59,4 +59,4 @@ def test_tags_exist():
     named = set(re.findall(r"`((?:sharpness|cost|prediction|learning_rate|gradient_noise|weights)/\w+)`", README)) - {
         "sharpness/preconditioner_"
     }
-    assert named <= {*dashboard.DESCRIPTIONS, dashboard.LAMBDA_MAX}
+    assert named <= {*tags.DESCRIPTIONS, tags.LAMBDA_MAX}

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.gradient_noise import GradientNoise, gradient_noise
-from lightning_eoss.curvature.objective import Objective, derived_seed
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import preflight
+from lightning_eoss.curvature.seeds import derived_seed
 from lightning_eoss.curvature.solver import Plan, Solver
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.gradient_noise import noise_scalars, write_noise
+from lightning_eoss.display import page, tags
+from lightning_eoss.display.figures import write_noise
+from lightning_eoss.display.scalars import noise_scalars
+from lightning_eoss.measurements.gradient_noise import GradientNoise, gradient_noise
 from lightning_eoss.training.data import check_chosen_batch_size
 from lightning_eoss.training.monitor import Monitor
 from lightning_eoss.training.plan import full_samples, pass_seconds
@@ -82,7 +84,7 @@ class GradientNoiseMonitor(Monitor):
     ) -> None:
         checks.whole("num_batches", num_batches, 2, "must be at least 2: one batch has no variance.")
         given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
-        super().__init__(("noise",), *given, num_samples=num_samples, page=tags.write_page)
+        super().__init__(("noise",), *given, num_samples=num_samples, page=page.write_page)
         self.num_batches = num_batches
         self.last: GradientNoise | None = None  # what was measured last
 

@@ -10,11 +10,13 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.noise import Noise, gradient_with_noise
-from lightning_eoss.curvature.objective import LOADING, Objective, Part, derived_seed, full_batch
+from lightning_eoss.curvature.batches import Part, full_batch
+from lightning_eoss.curvature.memory import out_of_memory
+from lightning_eoss.curvature.objective import LOADING, Objective
 from lightning_eoss.curvature.operators import gradient_graph, unflattened
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
-from lightning_eoss.curvature.shortage import out_of_memory
+from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.theory.gradient_noise import Noise, gradient_with_noise
 from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen, trains_nothing, usual_parts
 from lightning_eoss.training.watch import Watch
 
@@ -34,7 +36,7 @@ class GradientNoiseInjector(Callback):
     - ``"none"``: gradient descent on all samples.
 
     The covariance is that of the n samples at the weights of the step, exactly, for b of them drawn without
-    replacement (see :func:`~lightning_eoss.curvature.noise.gradient_with_noise`); noise of different steps is
+    replacement (see :func:`~lightning_eoss.theory.gradient_noise.gradient_with_noise`); noise of different steps is
     independent. It is a function of the seed and the number of the step alone. So it draws from no generator that
     training uses, and a run that goes on from a checkpoint takes the same steps.
 

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_eoss import checks
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import page, tags
 from lightning_eoss.theory.control import CurvePoint, Reading, batch_factor, limit_rate, saturation, steer
 from lightning_eoss.theory.optimizers import PLAIN
 from lightning_eoss.theory.scaling import Rule, scaling_rule
@@ -115,7 +115,7 @@ class LearningRateRescaler(Callback):
         self.min_scale = min_scale
         self.max_scale = max_scale
         self.dry_run = dry_run
-        self._watch = Watch(type(self).__name__, num_samples=num_samples, page=tags.write_page)
+        self._watch = Watch(type(self).__name__, num_samples=num_samples, page=page.write_page)
         self._overlay = rates.Overlay(self._scale)
         self._monitor: Any = None
         self._forget()

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from lightning_eoss import checks
+from lightning_eoss.curvature.batches import Batch
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.measure import SharpnessMeasurement, measure
-from lightning_eoss.curvature.objective import Batch, Objective, derived_seed
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Curvature, Scaling, krylov_like
-from lightning_eoss.curvature.predict import SharpnessPrediction, predict
 from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.seeds import derived_seed
 from lightning_eoss.curvature.solver import Plan, WarmStart
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.notes import notes
-from lightning_eoss.display.preconditioner import write_preconditioner
-from lightning_eoss.display.scalars import prediction_scalars, raw_scalars, reading, scalars
+from lightning_eoss.display import page, tags
+from lightning_eoss.display.figures import write_preconditioner
+from lightning_eoss.display.scalars import notes, prediction_scalars, raw_scalars, reading, scalars
+from lightning_eoss.measurements.prediction import SharpnessPrediction, predict
+from lightning_eoss.measurements.sharpness import SharpnessMeasurement, measure
 from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
@@ -133,7 +134,7 @@ class SharpnessMonitor(Monitor):
         super().__init__(
             *(QUANTITIES if predictions else QUANTITIES[:-1], *given),
             num_samples=num_samples,
-            page=tags.write_page,
+            page=page.write_page,
             as_trained=precision == "as_trained",
             seldom=PREDICTION_EVERY,
         )
@@ -371,7 +372,7 @@ class SharpnessMonitor(Monitor):
             controls = torch.tensor(measurement.controls, dtype=torch.float64)
             self.mini_batch_sharpness.update(eigenvalues, controls)
         self._momentum = self._momentum or tags.THRESHOLD_SMALL_BATCH in values
-        histograms = [partial(tags.write_histogram, values=eigenvalues)] if len(eigenvalues) else []
+        histograms = [partial(page.write_histogram, values=eigenvalues)] if len(eigenvalues) else []
         self._watch.publish(trainer, self, values, *histograms, partial(write_preconditioner, limits=seen.limits))
         self._shown = True
         if tags.EDGE_RATIO in values:

@@ -13,21 +13,19 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_eoss import checks
+from lightning_eoss.curvature.batches import Batch, random_batches
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.objective import Batch, Objective, derived_seed, random_batches, real
+from lightning_eoss.curvature.objective import Objective, real
 from lightning_eoss.curvature.operators import Scaling, krylov_like
 from lightning_eoss.curvature.preflight import Findings, preflight
+from lightning_eoss.curvature.seeds import derived_seed
 from lightning_eoss.curvature.solver import Plan, Solver
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import page, tags
+from lightning_eoss.isolation.isolate import Isolation
 from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
 from lightning_eoss.theory.scaling import curvature_range, nesterov, polyak
 from lightning_eoss.training.data import sampler_batches
-from lightning_eoss.training.probe import (
-    only_optimizer,
-    refuse,
-    refuse_frozen,
-)
+from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen
 from lightning_eoss.training.rates import is_a
 from lightning_eoss.training.watch import Watch
 
@@ -158,7 +156,7 @@ class SpectralLearningRate(Callback):
         self.operator = operator
         self.outputs_fn = outputs_fn
         self.last: LearnedRates | None = None  # what was learned last
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, num_samples=num_samples, page=tags.write_page)
+        self._watch = Watch(type(self).__name__, loss_fn, dataloader, num_samples=num_samples, page=page.write_page)
         self._findings: Findings | None = None
         self._last_epoch: int | None = None  # in which it was time
 

@@ -12,9 +12,10 @@ from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operato
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import preflight
 from lightning_eoss.curvature.solver import Plan
-from lightning_eoss.curvature.spectrum import Spectra, check_spectrum, spectra
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.spectrum import spectrum_scalars, write_spectrum
+from lightning_eoss.display import page, tags
+from lightning_eoss.display.figures import write_spectrum
+from lightning_eoss.display.scalars import spectrum_scalars
+from lightning_eoss.measurements.spectrum import Spectra, check_spectrum, spectra
 from lightning_eoss.training.monitor import Monitor
 from lightning_eoss.training.plan import VARIANCE_SAMPLES, full_samples, pass_seconds
 from lightning_eoss.training.watch import now
@@ -80,7 +81,7 @@ class SpectralDensityMonitor(Monitor):
         outputs_fn: OutputsFn | None = None,
     ) -> None:
         given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
-        super().__init__(("density",), *given, num_samples=num_samples, page=tags.write_page)
+        super().__init__(("density",), *given, num_samples=num_samples, page=page.write_page)
         check_spectrum(steps, num_probes, augmented_passes)
         check_operator(operator, outputs_fn)
         checks.one_of("mode", mode, ("as_trained", "eval"), "use 'as_trained' or 'eval'.")

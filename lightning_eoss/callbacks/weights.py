@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.projection import count_sketch
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import page, tags
 from lightning_eoss.display.scalars import finite
+from lightning_eoss.linalg.sketch import count_sketch
 from lightning_eoss.theory.random_walk import DistanceLaws, angle, distance_laws, next_look
 from lightning_eoss.training.watch import HISTORY, Watch
 
@@ -83,7 +83,7 @@ class WeightDistanceMonitor(Callback):
         self.projection = projection
         self.layer_depth = layer_depth
         self.seed = seed
-        self._watch = Watch(type(self).__name__, page=tags.write_page)
+        self._watch = Watch(type(self).__name__, page=page.write_page)
         self._shapes: dict[str, list[int]] = {}  # of the parameters that were trained at w_0, by name
         self._kept = 0  # dimension of the sketches of w_0; 0: it is a copy
         self._initial: list[Tensor] = []  # w_0: a copy of each parameter, or a sketch of each layer

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_eoss.curvature.objective import Objective, Part
+from lightning_eoss.curvature.batches import Part
+from lightning_eoss.curvature.memory import out_of_memory
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import HESSIAN, Curvature, Graph, step_length
-from lightning_eoss.curvature.shortage import out_of_memory
 
 _SMALL = 1e-3  # relative: what differs by less is the same, beside any interval that is shown
 _RATIO, _LENGTHS = 8.0, 4  # of a step to the next shorter one, and how many there are at most

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.objective import Batch, Objective, Part, random_batches, real, scalar
+from lightning_eoss.curvature.batches import Batch, Part, random_batches
+from lightning_eoss.curvature.objective import Objective, real, scalar
 from lightning_eoss.curvature.operators import (
     HESSIAN,
     Curvature,

@@ -1,10 +1,13 @@
 """How much memory a measurement may take, and how much it took; of the device that the parameters are on."""
 
+import gc
 import math
 import mmap
 from pathlib import Path
 
 import torch
+
+from lightning_eoss.isolation.isolate import accelerators
 
 _PART = 1 / 12  # of what is free: graphs, cached batches and Krylov vectors get as much each, a quarter together
 _LEAST, _UNKNOWN = 2.0**24, 2.0**30 / _PART  # bytes; the second is taken for free where nobody says what is
@@ -78,3 +81,24 @@ def _number(path: str, at: str | int = 0) -> float:
         return float(words[at if isinstance(at, int) else words.index(at) + 1])
     except (OSError, ValueError, IndexError):
         return math.nan
+
+
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # of devices and libraries
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory has run out, on whichever device.
+
+    Example:
+        >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+        True
+    """
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def free() -> None:
+    """Gives back what nobody holds any more, also to other processes."""
+    gc.collect()
+    for each in accelerators():
+        each.empty_cache()

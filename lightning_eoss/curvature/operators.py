@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.objective import Batch, Objective, Part, real
+from lightning_eoss.curvature.batches import Batch, Part
+from lightning_eoss.curvature.objective import Objective, real
 from lightning_eoss.linalg.lanczos import Matvec
 
 Reduce = Callable[[Tensor], Tensor]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_eoss.curvature.objective import Objective, Part, real, split
+from lightning_eoss.curvature.batches import Part, split
+from lightning_eoss.curvature.objective import Objective, real
 from lightning_eoss.curvature.operators import gradient_graph, krylov_dtype, loss_at
 
 TOLERANCE = 1e-3  # of their mean against the part's own gradient, in units of their root mean square norm

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from lightning_eoss.curvature.batches import Part, num_bytes, random_batches
 from lightning_eoss.curvature.derivatives import Doubt, doubt, nodes_of
-from lightning_eoss.curvature.objective import Objective, Part, num_bytes, random_batches, real
+from lightning_eoss.curvature.memory import out_of_memory
+from lightning_eoss.curvature.objective import Objective, real
 from lightning_eoss.curvature.operators import Graph, Sequential, agrees_when_stacked, flattened, gradient_graph
-from lightning_eoss.curvature.shortage import out_of_memory
 
 Reduction = Literal["mean", "sum", "other"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_eoss.curvature.objective import Batch, Objective, split
+from lightning_eoss.curvature.batches import Batch, split
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import (
     HESSIAN,
     Curvature,
@@ -238,3 +239,30 @@ def _layout(batch: Any) -> tuple[Any, ...]:
     """The structure of a batch, and the shapes and dtypes of its tensors."""
     leaves, structure = tree_flatten(batch)
     return structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """A largest eigenvalue; NaN where it was not measured."""
+
+    value: float = math.nan
+    residual: float = math.nan  # |Hv - value v|, bounds the distance to the nearest eigenvalue
+    converged: bool = False
+    error: float = math.nan  # how far off: residual^2 / distance to the next Ritz value, the residual at most
+
+    @property
+    def relative_residual(self) -> float:
+        """The residual over the value."""
+        return self.residual / max(abs(self.value), 1e-30)
+
+    def __str__(self) -> str:
+        """The value."""
+        return f"{self.value:.4g}"
+
+
+def top_eigenvalue(result: LanczosResult) -> Eigenvalue:
+    """The top eigenvalue of a result's first row, with its error."""
+    values, residual = result.values[0].tolist(), float(result.residuals[0, 0])
+    distance = values[0] - values[1] if len(values) > 1 and math.isfinite(values[1]) else 0.0
+    error = min(residual, residual**2 / distance) if distance > 0 else residual
+    return Eigenvalue(values[0], residual, bool(result.converged[0]), error)

@@ -9,14 +9,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import page, tags
+from lightning_eoss.display.scalars import _entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+from lightning_eoss.measurements.spectrum import Spectra
+from lightning_eoss.theory.random_matrix import wigner_edge, wigner_outlier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+import numpy as np
+
+from lightning_eoss.measurements.gradient_noise import GradientNoise
+from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps and values, equally long
-
 # Okabe and Ito's colours, told apart with any colour vision and in grey.
 BLUE, GREEN, VERMILLION, GREY, INK = "#0072B2", "#009E73", "#D55E00", "#8A8A8A", "#222222"
 _MODELS = {
@@ -211,3 +220,124 @@ def _draw(
     lower, upper = (curves.get(end) for end in tags.interval(tag))
     if lower and upper and list(steps) == list(lower[0]) == list(upper[0]):
         axes.fill_between(steps, lower[1], upper[1], color=color, alpha=0.18, lw=0)
+
+
+_FAINTEST = 1e-9  # weights below are the rounding of float32
+
+
+def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":
+    """Draws the spectra of the full batch and of one batch on the same axes, as stems on a logarithmic scale.
+
+    Where the loss is a mean over samples, Theorem 4 is marked: the edges that batch noise alone would have, and where
+    it puts the full batch's largest and smallest eigenvalues.
+
+    Args:
+        spectra: What was measured.
+        title: Title of the figure.
+
+    Returns:
+        A figure of 1,200 by 660 pixels.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    with blank(8, 4.4, title) as figure:
+        axes = figure.subplots()
+        for density, color, width, label in (
+            (spectra.batch, VERMILLION, 1.2, f"one batch ({spectra.batch_size:,})"),
+            (spectra.full, BLUE, 2.2, f"full batch ({spectra.num_samples:,})"),
+        ):
+            nodes, weights = density.stems()
+            seen = weights > _FAINTEST
+            axes.vlines(nodes[seen], _FAINTEST, weights[seen], color=color, lw=width, alpha=0.75, label=label)
+        if math.isfinite(spectra.variance.mean) and spectra.batch_size < spectra.num_samples:
+            variance = max(spectra.variance.mean, 0.0)
+            given: dict[str, Any] = {"batch_size": spectra.batch_size, "dataset_size": spectra.num_samples}
+            edge = float(wigner_edge(variance, **given))
+            axes.axvline(-edge, color=GREY, ls="--", lw=1.2)
+            axes.axvline(edge, color=GREY, ls="--", lw=1.2, label="edges of pure batch noise (Wigner)")
+            smallest, largest = float(spectra.full.nodes.min()), float(spectra.full.nodes.max())
+            ends = [largest, smallest] if smallest < -edge / 2 else [largest]  # others are nothing but noise
+            moved = [float(wigner_outlier(each, variance, **given)) for each in ends]
+            axes.plot(moved, [3e-1] * len(moved), "v", color=INK, ms=7, label="predicted for a batch (Theorem 4)")
+        axes.set(yscale="log", ylim=(_FAINTEST, 2), xlabel="eigenvalue", ylabel="share of the spectrum")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+
+def write_spectrum(experiment: Any, spectra: Spectra, step: int) -> None:
+    """Writes the picture into a run.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_figure` and matplotlib is
+            installed.
+        spectra: What was measured.
+        step: Position on the x-axis, the one of the scalars.
+    """
+    write_figure(experiment, tags.SPECTRUM, lambda: spectrum_figure(spectra), step)
+
+
+def noise_figure(noise: GradientNoise, *, title: str | None = None) -> "Figure":
+    """Draws the variance of the batch gradient against the batch size, both on logarithmic scales.
+
+    The line is the law, with its 95 % band where it was estimated; points are random batches. The batch size that was
+    asked for is marked.
+
+    Args:
+        noise: What was measured.
+        title: Title of the figure.
+
+    Returns:
+        A figure of 1,200 by 660 pixels.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    with blank(8, 4.4, title) as figure:
+        axes = figure.subplots()
+        points = [(size, each) for size, each in noise.points if each.mean > 0]
+        if noise.trace.mean > 0:
+            # Beyond half of the data the law falls to 0, and would take all of the picture.
+            last = max([noise.dataset_size // 2, 1, *(size for size, _ in points)])
+            sizes = np.unique(np.geomspace(1, last, 100).astype(int)).tolist()
+            law = [noise.variance_at(size) for size in sizes]
+            label = "law: (n - b) / (b (n - 1)) tr C"
+            axes.plot(sizes, [each.mean for each in law], color=BLUE, label=label)
+            if math.isfinite(noise.trace.upper - noise.trace.lower):
+                lower, upper = [max(each.lower, 0.0) for each in law], [each.upper for each in law]
+                axes.fill_between(sizes, lower, upper, color=BLUE, alpha=0.18, lw=0)
+        if points:
+            ends = [(each.mean - max(each.lower, 1e-3 * each.mean), each.upper - each.mean) for _, each in points]
+            sizes, means = [size for size, _ in points], [each.mean for _, each in points]
+            style: dict[str, Any] = {"fmt": "o", "color": VERMILLION, "capsize": 3, "lw": 1.3, "ms": 5}
+            errors = np.nan_to_num(np.array(ends).T)
+            axes.errorbar(sizes, means, yerr=errors, label="measured over random batches", **style)
+        axes.axvline(noise.batch_size, color=GREY, ls="--", lw=1.2, label=f"b = {noise.batch_size:,}")
+        axes.set(xscale="log", yscale="log", xlabel="batch size b", ylabel="variance of the gradient")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    return figure
+
+
+def write_noise(experiment: Any, noise: GradientNoise, step: int) -> None:
+    """Writes the picture into a run.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_figure` and matplotlib is
+            installed.
+        noise: What was measured.
+        step: Position on the x-axis, the one of the scalars.
+    """
+    write_figure(experiment, tags.NOISE_CURVE, lambda: noise_figure(noise), step)
+
+
+def write_preconditioner(experiment: Any, limits: StabilityLimits | NoLimits, step: int) -> None:
+    """Writes the histogram of its decimal logarithm.
+
+    Args:
+        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_histogram`.
+        limits: The optimizer's limits.
+        step: Position on the x-axis, the one of the scalars.
+    """
+    if isinstance(limits, StabilityLimits) and limits.preconditioners:
+        exponents = _entries(limits).clamp(min=1e-38).log10()
+        page.write_histogram(experiment, exponents, step, tag=tags.PRECONDITIONER)

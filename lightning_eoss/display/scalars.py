@@ -1,14 +1,24 @@
 """A measurement as flat floats under their tags."""
 
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from lightning_eoss.curvature.measure import SharpnessMeasurement
-from lightning_eoss.curvature.predict import SharpnessPrediction
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.preconditioner import preconditioner_scalars
+from lightning_eoss.display import tags
+from lightning_eoss.measurements.prediction import SharpnessPrediction
+from lightning_eoss.measurements.sharpness import SharpnessMeasurement
+from lightning_eoss.measurements.spectrum import Spectra
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, edge_ratio
 from lightning_eoss.theory.statistics import Estimate, scaled, shifted
+
+if TYPE_CHECKING:
+    pass
+import torch
+from torch import Tensor
+
+from lightning_eoss.measurements.gradient_noise import GradientNoise
+from lightning_eoss.theory.stability import eps_share
 
 
 def scalars(
@@ -182,3 +192,116 @@ def _ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, in_li
     full = measurement.full_batch.value
     ratios = [measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)]
     return ratios if in_limits else [in_units_of(each, limits) for each in ratios]
+
+
+def spectrum_scalars(spectra: Spectra) -> dict[str, float]:
+    """The flat floats of a measurement of both spectra under their tags; what is undefined is not there.
+
+    Args:
+        spectra: What was measured.
+
+    Returns:
+        Tag to value, all finite.
+    """
+    full, batch = spectra.full, spectra.batch
+    values = {
+        **with_interval(tags.SPECTRUM_TRACE, full.trace),
+        **with_interval(tags.SPECTRUM_RANK, _clipped(full.rank(), full.dim)),
+        **with_interval(tags.SPECTRUM_ZEROS, _clipped(full.mass_at_origin(), 1)),
+        **with_interval(tags.SPECTRUM_NEGATIVE, _clipped(full.negative_mass(), 1)),
+        **with_interval(tags.SPECTRUM_BATCH_NEGATIVE, _clipped(batch.negative_mass(), 1)),
+        tags.SPECTRUM_LARGEST: float(full.nodes.max()),
+        tags.SPECTRUM_SMALLEST: float(full.nodes.min()),
+        tags.SPECTRUM_BATCH_LARGEST: float(batch.nodes.max()),
+        tags.SPECTRUM_BATCH_SMALLEST: float(batch.nodes.min()),
+        tags.SPECTRUM_SECONDS: spectra.seconds,
+    }
+    return finite(values)
+
+
+def _clipped(estimate: Estimate, most: float) -> Estimate:
+    """The interval within what is possible."""
+    return replace(estimate, lower=max(estimate.lower, 0.0), upper=min(estimate.upper, float(most)))
+
+
+def noise_scalars(noise: GradientNoise) -> dict[str, float]:
+    """The flat floats of a measurement under their tags; what is undefined is not there.
+
+    Args:
+        noise: What was measured.
+
+    Returns:
+        Tag to value, all finite.
+    """
+    return finite(
+        {
+            **with_interval(tags.NOISE_TRACE, noise.trace),
+            **with_interval(tags.NOISE_PREDICTED, noise.predicted),
+            **with_interval(tags.NOISE_MEASURED, noise.measured),
+            **with_interval(tags.NOISE_SCALE, noise.scale),
+            **with_interval(tags.NOISE_CURVATURE_SCALE, noise.curvature_scale),
+            tags.NOISE_NORM: noise.norm_squared.mean,
+            tags.NOISE_COSINE: noise.cosine,
+            tags.NOISE_SECONDS: noise.seconds,
+        }
+    )
+
+
+_ENTRIES = 2**20  # of a preconditioner that medians and histograms are made of, at most
+
+
+def preconditioner_scalars(limits: StabilityLimits) -> dict[str, float]:
+    """Its range, its median, and how much of it eps outweighs.
+
+    Args:
+        limits: The optimizer's limits; without preconditioners there is nothing to say.
+
+    Returns:
+        Tag to value.
+    """
+    if not limits.preconditioners:
+        return {}
+    return {
+        tags.PRECONDITIONER_SMALLEST: min(float(each.min()) for each in limits.preconditioners),
+        tags.PRECONDITIONER_MEDIAN: float(_entries(limits).median()),
+        tags.PRECONDITIONER_LARGEST: max(float(each.max()) for each in limits.preconditioners),
+        tags.EPS_SHARE: eps_share(limits),
+    }
+
+
+def _entries(limits: StabilityLimits) -> Tensor:
+    """All entries, or evenly spaced ones of very many."""
+    stride = 1 + sum(each.numel() for each in limits.preconditioners) // _ENTRIES
+    return torch.cat([each.detach().reshape(-1)[::stride].float() for each in limits.preconditioners])
+
+
+def notes(measurement: SharpnessMeasurement, limits: StabilityLimits | NoLimits, *, in_limits: bool) -> list[str]:
+    """Says what a measurement does not show.
+
+    Args:
+        measurement: What was measured.
+        limits: The optimizer's limits at that step.
+        in_limits: Whether it was measured in units of them.
+
+    Returns:
+        Sentences, the same ones for the same reasons.
+    """
+    found = []
+    if isinstance(limits, NoLimits):
+        found.append(f"no threshold, edge ratio or phase is shown: {limits.reason}.")
+    elif in_limits:
+        found.append(
+            "the stability limits differ between parameters, so edge ratios and predictions are in units of them; "
+            "a threshold, which would be in other units, is not shown, nor is the sharpness itself without raw=True."
+        )
+    doubt = measurement.doubt
+    singular = doubt is not None and not (doubt.differences or doubt.detached)
+    what = "the second derivative of the loss" if singular else "the loss"
+    if measurement.dropped and not measurement.mini_batch.values:  # often the first sign of divergence
+        found.append(f"{what} is not finite: nothing is shown while that is so, and training goes on.")
+    elif measurement.dropped:
+        found.append(
+            f"{what} of some mini-batches is not finite; MiniBS is the mean over the others, and the sharpest may be "
+            "missing from it."
+        )
+    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import Curve
 from lightning_eoss.theory.statistics import mean_estimate, moments
 

@@ -11,21 +11,22 @@ References:
     appendix A. Where print and derivation differ, the derivation is implemented, and the docstring says so.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.polynomial import Polynomial
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
 Sampling = Literal["without_replacement", "with_replacement", "bernoulli"]
 
 
 # ---- given the weights -----------------------------------------------------------------------------------------------
-
-
 def sampling_factor(batch_size: int, dataset_size: int) -> float:
     r"""The share of the samples' covariance C that a batch has, drawn without replacement.
 
@@ -158,8 +159,6 @@ def _centred(gradients: ArrayLike) -> tuple[Array, Array]:
 
 
 # ---- linear regression, at every step --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RegressionNoise:
     """What SGD does on average, before each step and after the last; the mean is over all batches drawn so far."""
@@ -272,8 +271,6 @@ def combination_square(
 
 
 # ---- a two-layer linear network, at its first steps ------------------------------------------------------------------
-
-
 def two_layer_polynomials(
     first: ArrayLike, second: ArrayLike, target: ArrayLike, learning_rate: float | None = None
 ) -> tuple[Polynomial, Polynomial]:
@@ -344,3 +341,80 @@ def _variance_of_product(factor: Polynomial) -> Polynomial:
 
     variance = Polynomial([1.0, 2.0]) * mean(factor**2) - mean(factor) ** 2
     return Polynomial([0.0, *variance.coef[1:]])  # the constants cancel but for rounding
+
+
+Noise = Literal["full", "diagonal", "isotropic", "multiplicative"]
+
+
+def gradient_with_noise(
+    blocks: Iterable[Tensor], num_samples: int, *, noise: Noise, batch_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    r"""The mean gradient, and one draw of Gaussian noise like that of a batch of b samples.
+
+    With the samples' mean :math:`\bar g` and covariance
+    :math:`C = \frac1n \sum_i (g_i - \bar g)(g_i - \bar g)^\top`, a batch drawn without replacement has the covariance
+    :math:`c_b C`, :math:`c_b = \frac{n - b}{b (n - 1)}`. With :math:`S = C + \bar g \bar g^\top` and independent normal
+    numbers :math:`\xi_i`:
+
+    ================== ================================================== ========================================
+    noise              z                                                  covariance
+    ================== ================================================== ========================================
+    ``full``           :math:`\sqrt{c_b / n} \sum_i \xi_i (g_i-\bar g)`   :math:`c_b C`
+    ``diagonal``       :math:`\sqrt{c_b C_{jj}}\, \xi_j`                  :math:`c_b \operatorname{diag} C`
+    ``isotropic``      :math:`\sqrt{c_b \operatorname{tr} C / P}\,\xi_j`  :math:`c_b \frac{\operatorname{tr} C}{P} 1`
+    ``multiplicative`` :math:`\sqrt{n / b - 1}\,\frac1n \sum_i \xi_i g_i` :math:`(\frac1b - \frac1n)\, S`
+    ================== ================================================== ========================================
+
+    ``multiplicative`` is what multiplying each sample's gradient by a number from :math:`\mathcal{N}(1, \sigma^2)` adds
+    to their mean. The variance :math:`\sigma^2 = n / b - 1` gives it the covariance that Hoffer et al. ascribe to a
+    batch (equation 6). With S in place of C, it also varies the length of the step.
+
+    Args:
+        blocks: (k, P) gradients of k samples each, n in all.
+        num_samples: n.
+        noise: Which covariance.
+        batch_size: b, between 1 and n; all noise is exactly 0 at n.
+        generator: On the CPU. The draws depend on its state, n and P alone, not on the blocks.
+
+    Returns:
+        :math:`\bar g` and z, (P,) each.
+
+    Raises:
+        ValueError: If there is no such batch, or if the blocks hold another number of samples.
+
+    Example:
+        The two samples differ in one direction. A batch of both is the full batch.
+
+        >>> rows, generator = torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.Generator().manual_seed(0)
+        >>> mean, z = gradient_with_noise([rows], 2, noise="full", batch_size=1, generator=generator)
+        >>> mean.tolist(), z.bool().tolist()
+        ([2.0, 5.0], [True, False])
+        >>> gradient_with_noise([rows], 2, noise="full", batch_size=2, generator=generator)[1].abs().tolist()
+        [0.0, 0.0]
+
+    Source: Andreyev and Beneventano, section 5.1 (the first three); Hoffer, Hubara and Soudry, section 4 and Figure 3
+    of the appendix.
+    """
+    factor, by_sample = sampling_factor(batch_size, num_samples), noise in ("full", "multiplicative")
+    count, shift, draws = 0, None, torch.empty(0)
+    for rows in blocks:
+        if shift is None:  # sums are taken around a first guess of the mean, so that nothing cancels
+            shift = rows.mean(0)
+            total, spread = torch.zeros_like(shift), torch.zeros_like(shift)
+            draws = torch.randn(num_samples if by_sample else len(shift), generator=generator, dtype=shift.dtype)
+            draws = draws.to(shift.device)
+        beyond = rows - shift
+        total += beyond.sum(0)
+        some = draws[count : count + len(rows)]
+        count += len(rows)
+        if count <= num_samples:
+            spread += some @ beyond if by_sample else beyond.square().sum(0)
+    if shift is None or count != num_samples:
+        raise ValueError(f"blocks hold {count} samples and num_samples={num_samples}, so their mean would be wrong.")
+    offset = total / num_samples
+    if noise == "full":
+        return shift + offset, math.sqrt(factor / num_samples) * (spread - draws.sum() * offset)
+    if noise == "multiplicative":
+        return shift + offset, math.sqrt(num_samples / batch_size - 1) / num_samples * (spread + draws.sum() * shift)
+    variance = factor * (spread / num_samples - offset.square()).clamp(min=0)  # NaN stays NaN
+    return shift + offset, (variance if noise == "diagonal" else variance.mean()).sqrt() * draws

@@ -86,7 +86,7 @@ def predict_from_subspace(
     n = 1,024 on a CPU.
 
     Args:
-        subspace: What `curvature.subspace.outlier_subspace` found.
+        subspace: What `measurements.subspace.outlier_subspace` found.
         batch_size: Samples B.
         draws: Simulated batches.
         seed: Of the simulation.

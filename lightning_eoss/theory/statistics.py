@@ -24,7 +24,6 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 PHASES = ("sharpening", "edge", "beyond", "catapult")
-
 _MIN_VALUES = 10  # below, a standard deviation is hardly known, and Student's t suffers from skew
 _GROWTH = 1.25  # of the number of values from look to look; overshoots by an eighth on average
 _WINDOW = 5  # measurements that a phase is judged on
@@ -44,6 +43,9 @@ class Estimate:
     def __str__(self) -> str:
         """The mean and its interval."""
         return f"{self.mean:.4g} [{self.lower:.4g}, {self.upper:.4g}]"
+
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 
 def moments(values: Tensor, controls: Tensor | None = None) -> Tensor:

@@ -22,8 +22,18 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from lightning_eoss.curvature import objective
-from lightning_eoss.curvature.isolation import isolated
+from lightning_eoss.curvature.batches import (
+    Batch,
+    BatchListSource,
+    CombinedSource,
+    DatasetSource,
+    Part,
+    Source,
+    num_samples_of,
+)
+from lightning_eoss.curvature.objective import loading
+from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.isolation.isolate import isolated
 
 _ENDLESS = 10_000  # batches of a sampler without an end that are looked at
 PASS_NUM_SAMPLES = "Pass num_samples=, the samples of each batch, or a function of a batch that returns them."
@@ -79,7 +89,7 @@ class BatchSizes(NamedTuple):
 class TrainingData:
     """A second way to the samples that training draws from."""
 
-    source: objective.Source
+    source: Source
     batch_size: int  # of a loader batch, the mean where they differ; 1 where the source counts ready batches
     objects: tuple[Any, ...]  # that loading may change
     sampler: Any = None  # a batch sampler that is not uniform; None: batches are uniform without replacement
@@ -103,7 +113,7 @@ def training_data(
     name: str,
     dataloader: Iterable[Any] | None = None,
     max_samples: int | None = None,
-    count: Callable[[Any], int | None] = objective.num_samples_of,
+    count: Callable[[Any], int | None] = num_samples_of,
 ) -> TrainingData:
     """The samples that training can draw, reached past its live iterator.
 
@@ -134,7 +144,7 @@ def training_data(
         if _indexable(dataloader):
             return _indexed(dataloader, transfer, None)
         its_batches = (batch for batch, _idx, _dataloader_idx in dataloader) if combined else dataloader
-        with objective.loading():
+        with loading():
             batches = list(_first_samples(its_batches, max_samples, count))
     if not batches:
         raise MisconfigurationException(
@@ -149,7 +159,7 @@ def training_data(
         )
     known = [size or 0 for size in sizes]
     known = [max(known)] * len(known) if combined else known  # each is a step, also where a loader is exhausted
-    return TrainingData(objective.BatchListSource(batches, known, transfer), 1, ())
+    return TrainingData(BatchListSource(batches, known, transfer), 1, ())
 
 
 def _num_samples(batch: Any, count: Callable[[Any], int | None], structure: Any) -> int | None:
@@ -180,8 +190,8 @@ def _read_again(trainer: Any, pl_module: nn.Module, name: str, transfer: Callabl
         if not several:
             return _indexed(loaders[0], lambda batch: build([batch]), _reach(trainer, loaders[0]))
         found = [_indexed(each, lambda batch: batch, _reach(trainer, each)) for each in loaders]
-    source = objective.CombinedSource(
-        [data.source for data in found if isinstance(data.source, objective.DatasetSource)],
+    source = CombinedSource(
+        [data.source for data in found if isinstance(data.source, DatasetSource)],
         [data.batch_size for data in found],
         [not isinstance(each.sampler, SequentialSampler) for each in loaders],
         combined._mode != "max_size",
@@ -271,7 +281,7 @@ def _indexed(loader: Any, transfer: Callable[[Any], Any], reach: int | None) -> 
     batch_size = max(1, round(own.mean)) if own else batch_sampler.batch_size
     collate = loader.collate_fn
     return TrainingData(
-        source=objective.DatasetSource(dataset, collate, transfer, population),
+        source=DatasetSource(dataset, collate, transfer, population),
         batch_size=min(batch_size, len(population or dataset)),
         objects=(dataset, sampler, batch_sampler, getattr(collate, "__self__", collate)),
         sampler=None if uniform else batch_sampler,
@@ -296,7 +306,7 @@ def own_batch_sizes(loader: Any) -> BatchSizes | None:
 
 def sampler_batches(
     data: TrainingData, parts: int, count: int, *, seed: int, batch_size: int | None = None
-) -> Iterator[objective.Batch]:
+) -> Iterator[Batch]:
     """Batches as a weighted or custom sampler draws them, from a copy of it on a generator of our own.
 
     A sampler may sort its batches, so steps are taken from anywhere in an epoch. One whose epochs are all the same has
@@ -314,7 +324,7 @@ def sampler_batches(
     """
     found, chooser, known = list[list[tuple[int, ...]]](), random.Random(seed), set[int]()
     for epoch in range(count):
-        drawn = [tuple(each) for each in _epoch(data.sampler, objective.derived_seed(seed, epoch), batch_size)]
+        drawn = [tuple(each) for each in _epoch(data.sampler, derived_seed(seed, epoch), batch_size)]
         full = [each for each in drawn if len(each) == (batch_size or data.batch_size) or data.sizes]
         drawn = full if len(full) >= parts else drawn
         steps = [drawn[first : first + parts] for first in range(0, len(drawn) - parts + 1, parts)]
@@ -328,7 +338,7 @@ def sampler_batches(
             break
     return (
         tuple(
-            objective.Part(1 / parts, len(each), each, objective.derived_seed(seed, 2**31 + number * parts + place))
+            Part(1 / parts, len(each), each, derived_seed(seed, 2**31 + number * parts + place))
             for place, each in enumerate(step)
         )
         for number, step in enumerate(found)

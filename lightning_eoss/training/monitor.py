@@ -10,9 +10,8 @@ from torch import Tensor
 from lightning_eoss import checks
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import Plan
-from lightning_eoss.training.agenda import Agenda
 from lightning_eoss.training.probe import refuse, refuse_frozen, steps_now
-from lightning_eoss.training.schedule import check_schedule
+from lightning_eoss.training.schedule import Agenda, check_schedule
 from lightning_eoss.training.watch import Watch, now
 
 _UNPAID = (

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-from lightning_eoss.curvature.measure import SharpnessMeasurement
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import Plan
-from lightning_eoss.training.agenda import WEIGHTS, Agenda
+from lightning_eoss.measurements.sharpness import SharpnessMeasurement
+from lightning_eoss.training.schedule import WEIGHTS, Agenda
 
 COLD_PRODUCTS = 20  # of a value from scratch
 WARM_PRODUCTS = 6  # of a mini-batch, the directional one included, and of the full batch

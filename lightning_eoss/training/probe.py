@@ -15,9 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.objective import (
-    real,
-)
+from lightning_eoss.curvature.objective import real
 from lightning_eoss.curvature.operators import Scaling
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, stability_limits
 

@@ -7,14 +7,14 @@ from typing import Any
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_eoss.curvature.isolation import Isolation, isolated
+from lightning_eoss.isolation.isolate import Isolation, isolated
 
 _SPEAKERS = ("log", "log_dict", "print")
 
 
 @contextlib.contextmanager
 def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterator[Isolation]:
-    """`curvature.isolation.isolated` for a module in a Trainer.
+    """`isolation.isolate.isolated` for a module in a Trainer.
 
     On top of it, `self.log`, `self.log_dict` and `self.print` do nothing (of every LightningModule inside), and loggers
     swallow what they are told: neither values nor results nor synchronisation come from a measurement.

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_eoss.curvature.objective import num_samples_of
+from lightning_eoss.curvature.batches import num_samples_of
 from lightning_eoss.training import probe
 from lightning_eoss.training.data import PASS_NUM_SAMPLES, own_batch_sizes
 

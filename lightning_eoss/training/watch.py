@@ -13,19 +13,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_eoss.curvature.isolation import Isolation
-from lightning_eoss.curvature.memory import memory_budget
-from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective, num_samples_of
+from lightning_eoss.curvature.batches import num_samples_of
+from lightning_eoss.curvature.memory import free, memory_budget, out_of_memory
+from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective
 from lightning_eoss.curvature.preflight import Findings
-from lightning_eoss.curvature.shortage import free, out_of_memory
 from lightning_eoss.curvature.solver import Plan, demand
+from lightning_eoss.isolation.isolate import Isolation
 from lightning_eoss.training.data import TrainingData, check_dataloader, is_live, training_data
-from lightning_eoss.training.probe import (
-    batches_begun,
-    logging_step,
-    step_parts,
-    training_loss,
-)
+from lightning_eoss.training.probe import batches_begun, logging_step, step_parts, training_loss
 from lightning_eoss.training.quiet import quiet
 
 _FIRST = (
@@ -50,7 +45,7 @@ class Watch:
     max_samples: int | None = None  # that an iterable of unknown length is read for
     num_samples: int | Callable[[Any], int] | None = None  # of a ready batch; None: as it says itself
     as_trained: bool = False  # under training's own autocast
-    page: Callable[..., None] | None = None  # writes the dashboard, see `display.dashboard.write_page`
+    page: Callable[..., None] | None = None  # writes the dashboard, see `display.page.write_page`
     history: list[dict[str, float]] = field(default_factory=list)
     data: TrainingData | None = None
     began: float = field(default_factory=time.perf_counter)

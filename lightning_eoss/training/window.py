@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_eoss.curvature.isolation import noted_generators
-from lightning_eoss.curvature.objective import Batch, Part, copied
+from lightning_eoss.curvature.batches import Batch, Part, copied
+from lightning_eoss.isolation.isolate import noted_generators
 
 
 @dataclass

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from benchmarks.optimizers import FULL, MOMENTUM, OPTIMIZERS, RATIOS, SMALL, Course, course, settled
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 
 MINI_BS, FULL_BS, DIRECTIONAL = RATIOS
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.callbacks import gradient_noise as module
 from lightning_eoss.callbacks.gradient_noise import GradientNoiseMonitor
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.theory.gradient_noise import sampling_factor
 from tests.callbacks.test_not_one_bit import CASES, batch_norm, run
 from tests.problems import dense_gradient_and_hessian, squared_error

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_eoss import GradientNoiseMonitor, SharpnessMonitor, SpectralDensityMonitor
-from lightning_eoss.curvature.objective import DatasetSource, full_batch
-from lightning_eoss.training.agenda import EAGER_SECONDS
+from lightning_eoss.curvature.batches import DatasetSource, full_batch
+from lightning_eoss.training.schedule import EAGER_SECONDS
 from tests.runs import Regressor, fit, seeded
 
 SECONDS = 0.005  # to load a sample

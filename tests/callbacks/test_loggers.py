@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.dashboard import layout
+from lightning_eoss.display import tags
+from lightning_eoss.display.page import layout
 from tests.runs import (
     OURS,
     PUBLIC_CALLBACKS,
@@ -198,7 +198,7 @@ def test_pictures_that_fail_leave_the_page(tmp_path: Path, monkeypatch: pytest.M
         raise RuntimeError("no pictures today")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_histogram", refused)
-    monkeypatch.setattr("lightning_eoss.display.dashboard.write_histogram", refused)
+    monkeypatch.setattr("lightning_eoss.display.page.write_histogram", refused)
     board = TensorBoardLogger(tmp_path, name="board")
     fit(tmp_path, Regressor(), loader(), public_callback("SharpnessMonitor"), logger=board)
     events = EventAccumulator(board.log_dir, size_guidance={"tensors": 0})

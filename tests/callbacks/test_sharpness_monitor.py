@@ -17,9 +17,9 @@ from torch.utils.data import default_collate
 
 from lightning_eoss import SharpnessMonitor, measure_sharpness
 from lightning_eoss.callbacks import sharpness
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.theory.statistics import PHASES
-from lightning_eoss.training import agenda
+from lightning_eoss.training import schedule as agenda
 from lightning_eoss.training import watch as watch_module
 from tests.problems import dense_gradient_and_hessian, squared_error, top
 from tests.runs import Regressor, cells, fit, loader, monitor, points, samples, seeded, trainer_of

@@ -23,7 +23,7 @@ from torch.utils.data import Sampler, TensorDataset, WeightedRandomSampler
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.callbacks import spectral_learning_rate
 from lightning_eoss.callbacks.spectral_learning_rate import SpectralLearningRate
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.theory.scaling import nesterov, polyak
 from tests.problems import dense_gradient_and_hessian, squared_error
 from tests.runs import Regressor, assert_same, fit, loader, samples, seeded, state_of, trainer_of

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_eoss.callbacks import weights
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.theory.random_walk import distance_laws, next_look
 from tests.callbacks.test_not_one_bit import CASES, run
 from tests.runs import Regressor, assert_same, cells, fit, loader, points, seeded, trainer_of

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_eoss import measure_sharpness
+from lightning_eoss.curvature.batches import Part, full_batch, random_batches
 from lightning_eoss.curvature.derivatives import doubt
 from lightning_eoss.curvature.gauss_newton import discovered_outputs, gauss_newton
-from lightning_eoss.curvature.measure import measure
-from lightning_eoss.curvature.objective import Objective, Part, full_batch, random_batches
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Sequential, gradient_graph, hessian_product
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.measurements.sharpness import measure
 from tests.problems import (
     LossFn,
     Sample,

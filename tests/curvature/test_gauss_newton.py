@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightning_eoss.curvature.batches import Batch, Part, full_batch, random_batches, split
 from lightning_eoss.curvature.gauss_newton import (
     OutputsFn,
     check_outputs,
@@ -19,7 +20,7 @@ from lightning_eoss.curvature.gauss_newton import (
     gauss_newton,
     ntk,
 )
-from lightning_eoss.curvature.objective import Batch, Objective, Part, full_batch, random_batches, split
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Scaling, Sequential
 from tests.oracles import empirical_fisher_eigenvalues, gauss_newton_eigenvalues
 from tests.problems import (

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eoss.curvature.objective import Batch, Objective, Part, full_batch, random_batches, split
+from lightning_eoss.curvature.batches import Batch, Part, full_batch, random_batches, split
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import (
     Scaling,
     Sequential,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_eoss import GradientNoiseMonitor, SpectralDensityMonitor, measure_sharpness
+from lightning_eoss.curvature.batches import Part, full_batch
 from lightning_eoss.curvature.gauss_newton import gauss_newton
-from lightning_eoss.curvature.objective import Part, full_batch, real
+from lightning_eoss.curvature.objective import real
 from lightning_eoss.curvature.operators import Sequential, Stacked, difference_product
 from lightning_eoss.curvature.preflight import preflight
 from lightning_eoss.theory.stability import NoLimits, stability_limits

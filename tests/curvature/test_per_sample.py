@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eoss.curvature import per_sample
-from lightning_eoss.curvature.objective import Objective, Part, full_batch
+from lightning_eoss.curvature.batches import Part, full_batch
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import gradient_graph
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients, vectorises
 from tests import oracles

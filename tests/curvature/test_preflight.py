@@ -11,11 +11,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eoss.curvature.isolation import isolated
-from lightning_eoss.curvature.objective import BatchListSource, Objective, full_batch
+from lightning_eoss.curvature.batches import BatchListSource, full_batch
+from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Sequential
 from lightning_eoss.curvature.preflight import Findings, preflight, reduction
 from lightning_eoss.curvature.solver import Plan
+from lightning_eoss.isolation.isolate import isolated
 from lightning_eoss.training.plan import described
 from tests.curvature.test_operators import Bag, batch_norm_training, dropout, sentences
 from tests.problems import (

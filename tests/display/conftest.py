@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import page, tags
 
 Curves = dict[str, tuple[list[int], list[float]]]
 
@@ -86,12 +86,12 @@ def write_run(curves: Curves) -> Callable[..., None]:
 
     def write(logdir: Path, without: Container[str] = (), *, categories: Collection[str] = tags.SHARPNESS) -> None:
         with SummaryWriter(str(logdir)) as writer:
-            tags.write_layout(writer, categories)
+            page.write_layout(writer, categories)
             notes = ["FullBS: fixed random subset of 8,192 of 50,000 samples"]
-            tags.write_guide(writer, notes, categories)
+            page.write_guide(writer, notes, categories)
             for tag, (steps, values) in curves.items():
                 for step, value in zip(steps, values, strict=True) if tag not in without else ():
                     writer.add_scalar(tag, value, step)
-            tags.write_histogram(writer, np.array(curves[tags.MINI_BS][1]), step=0)
+            page.write_histogram(writer, np.array(curves[tags.MINI_BS][1]), step=0)
 
     return write

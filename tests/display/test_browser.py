@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.dashboard import layout
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import Curve
+from lightning_eoss.display.page import layout
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [

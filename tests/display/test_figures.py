@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_eoss.display import dashboard as tags
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import Curve, prediction_figure, sharpness_figure
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -8,10 +8,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_eoss.curvature.gradient_noise import GradientNoise
 from lightning_eoss.curvature.solver import WarmStart
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.gradient_noise import noise_figure, noise_scalars, write_noise
+from lightning_eoss.display import tags
+from lightning_eoss.display.figures import noise_figure, write_noise
+from lightning_eoss.display.scalars import noise_scalars
+from lightning_eoss.measurements.gradient_noise import GradientNoise
 from lightning_eoss.theory.gradient_noise import sampling_factor
 from lightning_eoss.theory.statistics import Estimate
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from lightning_eoss.curvature.measure import measure_sharpness
-from lightning_eoss.display.notes import notes
+from lightning_eoss.display.scalars import notes
+from lightning_eoss.measurements.sharpness import measure_sharpness
 from lightning_eoss.theory.stability import NoLimits, stability_limits
 from tests.problems import made, mlp, pictures, squared_error
 

@@ -9,9 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_eoss.curvature.spectrum import Spectra, measure_spectra
-from lightning_eoss.display import dashboard as tags
-from lightning_eoss.display.spectrum import spectrum_figure, spectrum_scalars, write_spectrum
+from lightning_eoss.display import tags
+from lightning_eoss.display.figures import spectrum_figure, write_spectrum
+from lightning_eoss.display.scalars import spectrum_scalars
+from lightning_eoss.measurements.spectrum import Spectra, measure_spectra
 from lightning_eoss.theory.random_matrix import wigner_edge
 from tests.problems import batch_norm, dense_gradient_and_hessian, made, mlp, pictures, squared_error
 

@@ -18,7 +18,7 @@ def symmetric(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
 def subspace_of(
     hessians: np.ndarray, k: int, *, group_size: int = 1, dataset_size: int | None = None
 ) -> OutlierSubspace:
-    """What `curvature.subspace` would find, from dense Hessians of groups."""
+    """What `measurements.subspace` would find, from dense Hessians of groups."""
     n, dim = hessians.shape[:2]
     mean = hessians.mean(0)
     values, vectors = np.linalg.eigh(mean)

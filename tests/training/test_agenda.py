@@ -10,7 +10,6 @@ import pytest
 
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import Plan
-from lightning_eoss.training.agenda import EAGER_SECONDS, Agenda
 from lightning_eoss.training.plan import (
     COLD_PRODUCTS,
     FEWEST_BATCHES,
@@ -21,6 +20,7 @@ from lightning_eoss.training.plan import (
     pass_seconds,
     settle,
 )
+from lightning_eoss.training.schedule import EAGER_SECONDS, Agenda
 
 QUANTITIES = ("current", "mini", "full")
 B, N = 64, 2000

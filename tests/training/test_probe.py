@@ -26,12 +26,7 @@ from torch.utils.data import (
 
 from lightning_eoss import SharpnessMonitor
 from lightning_eoss.training.data import TrainingData, sampler_batches, training_data
-from lightning_eoss.training.probe import (
-    logging_step,
-    refuse,
-    step_parts,
-    steps_now,
-)
+from lightning_eoss.training.probe import logging_step, refuse, step_parts, steps_now
 from tests.problems import dense_gradient_and_hessian, squared_error, top
 from tests.runs import Regressor, cells, fit, loader, monitor, points, samples, seeded
 

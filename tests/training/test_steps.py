@@ -30,7 +30,7 @@ from lightning_eoss import (
     SharpnessMonitor,
     SpectralDensityMonitor,
 )
-from lightning_eoss.curvature.objective import num_samples_of
+from lightning_eoss.curvature.batches import num_samples_of
 from tests.problems import top
 from tests.runs import Regressor, assert_same, fit, samples, seeded, state_of
 

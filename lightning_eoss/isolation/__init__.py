@@ -1,0 +1,1 @@
+"""A module evaluated without a trace."""

@@ -1,0 +1,1 @@
+"""What can be measured: one public function and its result a file."""
