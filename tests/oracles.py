@@ -35,7 +35,7 @@ def gauss_newton_eigenvalues(objective: Objective, batch: Batch, outputs_fn: Out
         >>> from torch import nn
         >>> from torch.nn import functional as F
         >>> from lightning_eoss.isolation.isolate import isolated
-        >>> from lightning_eoss.curvature.objective import DatasetSource
+        >>> from lightning_eoss.curvature.batches import DatasetSource
         >>> model = nn.Linear(1, 1, bias=False)
         >>> loss = lambda batch: F.mse_loss(model(batch[0]), batch[1]) / 2
         >>> outputs_fn = lambda module, batch: (module(batch[0]), lambda z: F.mse_loss(z, batch[1]) / 2)
