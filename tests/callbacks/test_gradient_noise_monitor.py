@@ -14,7 +14,8 @@ from lightning_eoss.callbacks import gradient_noise as module
 from lightning_eoss.callbacks.gradient_noise import GradientNoiseMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.theory.gradient_noise import sampling_factor
-from tests.callbacks.test_not_one_bit import CASES, batch_norm, run
+from tests.cases import CASES, run
+from tests.habits.modules import batch_norm
 from tests.problems import dense_gradient_and_hessian, squared_error
 from tests.runs import Regressor, assert_same, cells, fit, loader, monitor, points, samples, seeded
 

@@ -14,7 +14,7 @@ from lightning_eoss.callbacks import sharpness
 from lightning_eoss.display import tags
 from lightning_eoss.measurements.prediction import predict_sharpness
 from lightning_eoss.measurements.sharpness import measure_sharpness
-from tests.callbacks.test_not_one_bit import CASES, run
+from tests.cases import CASES, run
 from tests.problems import dense_gradient_and_hessian, squared_error
 from tests.runs import Regressor, assert_same, cells, fit, loader, monitor, points, samples, seeded
 

@@ -16,7 +16,7 @@ from lightning_eoss.callbacks import weights
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.theory.random_walk import distance_laws, next_look
-from tests.callbacks.test_not_one_bit import CASES, run
+from tests.cases import CASES, run
 from tests.runs import Regressor, assert_same, cells, fit, loader, points, seeded, trainer_of
 
 LAWS = {tags.WEIGHTS_LOG_SLOPE, tags.WEIGHTS_LOG_R2, tags.WEIGHTS_POWER_EXPONENT, tags.WEIGHTS_POWER_R2}
