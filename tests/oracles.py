@@ -1,6 +1,8 @@
-"""What is too dear or too special for the package, to compare it with: all eigenvalues, all samples' gradients."""
+"""What is too dear or too special for the package, to compare it with: all eigenvalues, gradients, covariances."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_eoss.curvature.batches import Batch, Part, split
@@ -8,6 +10,7 @@ from lightning_eoss.curvature.gauss_newton import OutputsFn, jacobian
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import gradient_graph
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
+from lightning_eoss.theory.gradient_noise import Noise, batch_gradient_covariance
 
 
 def gauss_newton_eigenvalues(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
@@ -107,3 +110,12 @@ def per_sample_gradients(objective: Objective, part: Part) -> Tensor:
         return rows
     pieces = split((part,), 1)
     return torch.stack([gradient_graph(objective, piece, create_graph=False).gradient for piece in pieces])
+
+
+def injected_covariance(noise: Noise, batch_size: int, rows: Tensor) -> NDArray[np.float64]:
+    """What covariance the injected noise must have for these gradients of samples."""
+    if noise == "multiplicative":
+        return batch_gradient_covariance(rows.numpy(), batch_size, sampling="bernoulli")
+    full = batch_gradient_covariance(rows.numpy(), batch_size)
+    diagonal = np.diag(full.diagonal())
+    return {"full": full, "diagonal": diagonal, "isotropic": np.eye(len(full)) * full.trace() / len(full)}[noise]

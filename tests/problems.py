@@ -11,7 +11,11 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from lightning_eoss.curvature.batches import DatasetSource
+from lightning_eoss.curvature.gauss_newton import curvature_of
 from lightning_eoss.curvature.objective import Objective
+from lightning_eoss.curvature.operators import HESSIAN
+from lightning_eoss.curvature.preflight import preflight
+from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.isolation.isolate import isolated
 
 Sample = tuple[Tensor, Tensor]
@@ -40,6 +44,15 @@ def squared_error(model: nn.Module, batch: Sample) -> Tensor:
 def cross_entropy(model: nn.Module, batch: Sample) -> Tensor:
     inputs, targets = batch
     return F.cross_entropy(model(inputs), targets.argmax(-1))
+
+
+def sum_of_errors(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().sum()
+
+
+def weighted_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    weights = torch.tensor([1.0, 2.0, 5.0], dtype=batch[0].dtype)
+    return F.cross_entropy(model(batch[0]), batch[1].argmax(-1), weight=weights)
 
 
 # ---- networks of 4 x 4 pictures into three outputs -------------------------------------------------------------------
@@ -105,6 +118,17 @@ class Tempered(nn.Module):
         return self.temperature * self.net(pictures)
 
 
+def dropout() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
+
+
+def batch_norm_training() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+
+
+NETS = [mlp, cnn, layer_norm, batch_norm, Attention, Tied, Tempered]
+
+
 def made(net: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A network with seeded parameters; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -118,6 +142,48 @@ def pictures(num_samples: int = 22, seed: int = 0, dtype: torch.dtype = torch.fl
     inputs = torch.randn(num_samples, 1, 4, 4, generator=generator, dtype=torch.float64)
     classes = torch.randint(3, (num_samples,), generator=generator)
     return list(zip(inputs.to(dtype), F.one_hot(classes, 3).to(dtype), strict=True))
+
+
+# ---- networks with data of their own ---------------------------------------------------------------------------------
+
+
+class Bag(nn.Module):
+    """Words in a bag; torch cannot differentiate it twice. `twin` gathers the same words so that it can."""
+
+    def __init__(self, *, twin: bool = False) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 3, mode="mean")
+        self.twin = twin
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        means = F.embedding(words, self.bag.weight).mean(1) if self.twin else self.bag(words)
+        return self.head(torch.tanh(means))
+
+
+def sentences() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(6, (12, 4), generator=generator)
+    return [(each, F.one_hot(each.sum() % 3, 3).double()) for each in words]
+
+
+class Quadratic(nn.Module):
+    """theta' M theta / 2 for a matrix M a sample: its Hessian is the sample."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(dim, dtype=torch.float64))
+
+    def forward(self, matrices: Tensor) -> Tensor:
+        return torch.einsum("p,npq,q->n", self.theta, matrices, self.theta) / 2
+
+
+def quadratic_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).mean()
+
+
+def samples_of(matrices: Tensor) -> list[tuple[Tensor]]:
+    return [(matrix,) for matrix in matrices]
 
 
 # ---- dense oracles ---------------------------------------------------------------------------------------------------
@@ -138,6 +204,17 @@ def dense_gradient_and_hessian(model: nn.Module, loss_fn: LossFn, batch: Any) ->
     return gradient.detach(), torch.stack(rows)
 
 
+def dense_hessians(model: nn.Module, loss_fn: Any, data: Any) -> Tensor:
+    """(N, P, P), one for each sample."""
+    return torch.stack(
+        [dense_gradient_and_hessian(model, loss_fn, collated(data, [index]))[1] for index in range(len(data))]
+    )
+
+
+def deviations(hessians: Tensor) -> Tensor:
+    return hessians - hessians.mean(0)
+
+
 def top(matrix: Tensor) -> float:
     """The largest eigenvalue of a dense symmetric matrix."""
     return float(torch.linalg.eigvalsh(matrix)[-1])
@@ -152,6 +229,16 @@ def objective_of(model: nn.Module, loss_fn: LossFn, data: Sequence[Any], **optio
     """An objective within its isolation."""
     with isolated(model, [data]) as isolation:
         yield Objective(model, lambda batch: loss_fn(model, batch), DatasetSource(data), isolation, **options)
+
+
+@contextmanager
+def solver_of(model: nn.Module, loss_fn: Any, data: Any, *, seed: int = 0, **options: Any) -> Iterator[Solver]:
+    """All that products need."""
+    with objective_of(model, loss_fn, data) as objective:
+        curvature = curvature_of(objective=objective, batch_size=4, **options) if options else HESSIAN
+        generator = torch.Generator().manual_seed(seed)
+        plan = Plan(2, full_batch_samples=None, seed=seed)
+        yield Solver(objective, plan, preflight(objective, 2), generator, curvature=curvature)
 
 
 def random_symmetric(num_rows: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

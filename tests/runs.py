@@ -1,7 +1,9 @@
 """Tiny trainings that a monitor watches: modules, data, a Trainer that is quiet, and what a run leaves behind."""
 
 import csv
+import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_eoss
@@ -170,3 +173,13 @@ def points(root: Path) -> dict[str, dict[int, float]]:
                 assert int(row["step"]) not in found.setdefault(tag, {}), f"{tag} is logged twice at step {row['step']}"
                 found[tag][int(row["step"])] = float(cell)
     return found
+
+
+def bytes_kept(function: Callable[[], Any]) -> int:
+    """Bytes of tensors that were allocated by a call and not released again."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+        gc.collect()
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")

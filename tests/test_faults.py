@@ -1,6 +1,5 @@
 """What goes wrong while a training is watched costs measurements at most: the training is that of a run without us."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -20,9 +18,11 @@ import lightning_eoss
 from lightning_eoss import GradientNoiseInjector
 from lightning_eoss.display import tags
 from lightning_eoss.training.watch import _SHARED
+from tests.killed import checkpointed
 from tests.runs import (
     Regressor,
     assert_same,
+    bytes_kept,
     cells,
     fit,
     loader,
@@ -34,7 +34,6 @@ from tests.runs import (
     state_of,
     trainer_of,
 )
-from tests.test_leaks import bytes_kept
 
 MEASURING = ("GradientNoiseMonitor", "SharpnessMonitor", "SpectralDensityMonitor")  # by evaluating the loss
 
@@ -383,45 +382,23 @@ def test_memory_that_runs_out_leaves_nothing_behind(most: int, tmp_path: Path) -
 # ---- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-class Killed(Callback):
-    """The machine goes down after a step."""
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def checkpointed(root: Path, logs: str, names: str, *more: Any, ckpt_path: Path | None = None) -> Any:
-    """Four epochs with checkpoints every four steps."""
-    seeded()
-    callbacks = [public_callback(name) for name in names.split()]
-    save = ModelCheckpoint(root, every_n_train_steps=4, save_top_k=-1)
-    options: dict[str, Any] = {"max_epochs": 4, "enable_checkpointing": True, "ckpt_path": ckpt_path}
-    return fit(root / logs, Regressor(), loader(), *callbacks, save, *more, **options)
-
-
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory:UserWarning")  # which the resumed run finds there
 def test_a_run_that_is_killed_goes_on_as_one_without_us(tmp_path: Path) -> None:
-    watching = "GradientNoiseMonitor SharpnessMonitor SpectralDensityMonitor WeightDistanceMonitor"
-    script = (
-        "import sys, warnings; from pathlib import Path; warnings.simplefilter('ignore');"
-        "from tests.test_faults import Killed, checkpointed;"
-        "checkpointed(Path(sys.argv[1]), 'killed', sys.argv[2], Killed())"
-    )
+    watching = (*MEASURING, "WeightDistanceMonitor")
     home = Path(lightning_eoss.__file__).parents[1]
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / where), names],
+            [sys.executable, "-m", "tests.killed", str(tmp_path / where), *names],
             cwd=home,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        for where, names in (("watched", watching), ("alone", ""))
+        for where, names in (("watched", watching), ("alone", ()))
     ]
     assert [child.wait(120) for child in children] == [-signal.SIGKILL] * 2
     states = []
-    for where, names in (("watched", watching), ("alone", "")):
+    for where, names in (("watched", watching), ("alone", ())):
         (last,) = (tmp_path / where).glob("*step=8.ckpt")
         trainer = checkpointed(tmp_path / where, "resumed", names, ckpt_path=last)
         assert trainer.global_step == 24

@@ -149,3 +149,10 @@ def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
     )
     assert list(private_members(bad)) == ["line 1: _results", "line 3: _theirs", "line 4: _loop"]
     assert lines_of_code('"""Doc."""\n\n# note\ndef f():\n    """Doc\n    more."""\n    return (1,\n        2)\n') == 3
+
+
+def test_no_test_imports_another() -> None:
+    """What several need is in a module of its own, so that a test can be moved, run and read alone."""
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        names = [part for module in imported_modules(path) for part in module.split(".")]
+        assert not [name for name in names if name.startswith("test_")], path

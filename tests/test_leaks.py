@@ -13,23 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_eoss import measure_sharpness
 from tests.problems import squared_error
-from tests.runs import PUBLIC_CALLBACKS, Regressor, fit, loader, public_callback, seeded
+from tests.runs import PUBLIC_CALLBACKS, Regressor, bytes_kept, fit, loader, public_callback, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what is said of these trainings is tested elsewhere
-
-
-def bytes_kept(function: Callable[[], Any]) -> int:
-    """Bytes of tensors that were allocated by a call and not released again."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-        gc.collect()
-    events = profiler.profiler.kineto_results.events()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 def bytes_seen() -> int:

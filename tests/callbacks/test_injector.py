@@ -16,8 +16,8 @@ from torch.utils.data import Subset
 from lightning_eoss.callbacks.injector import GradientNoiseInjector
 from lightning_eoss.theory.gradient_noise import Noise
 from lightning_eoss.training import watch
+from tests.oracles import injected_covariance as exact
 from tests.runs import Regressor, assert_same, cells, fit, loader, monitor, samples, seeded, state_of, trainer_of
-from tests.theory.test_injected_noise import exact
 
 NOISES = get_args(Noise)
 DATA = samples(12, dtype=torch.float64)

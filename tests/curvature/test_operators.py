@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_eoss.curvature.batches import Batch, Part, full_batch, random_batches, split
 from lightning_eoss.curvature.objective import Objective
@@ -20,28 +19,27 @@ from lightning_eoss.curvature.operators import (
     gradient_graph,
 )
 from tests.problems import (
-    Attention,
+    NETS,
+    Bag,
     LossFn,
-    Tempered,
-    Tied,
     assert_close,
-    batch_norm,
+    batch_norm_training,
     cnn,
     collated,
     cross_entropy,
     dense_gradient_and_hessian,
-    layer_norm,
+    dropout,
     made,
     mlp,
     objective_of,
     pictures,
+    sentences,
     squared_error,
 )
 
 torch.set_num_threads(1)
 
 DATA = pictures()
-NETS = [mlp, cnn, layer_norm, batch_norm, Attention, Tied, Tempered]
 
 
 def dense(model: nn.Module, loss_fn: LossFn, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,14 +184,6 @@ def test_stacked_in_scaled_coordinates() -> None:
         assert_close(stacked.restrict([0])(vectors[:1]), expected[:1], steps=1000)
 
 
-def dropout() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
-
-
-def batch_norm_training() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-
-
 class Branch(nn.Module):
     """Looks at its data before it decides."""
 
@@ -315,26 +305,6 @@ def test_a_loss_without_any_parameter() -> None:
 
 
 # ---- finite differences ----------------------------------------------------------------------------------------------
-
-
-class Bag(nn.Module):
-    """Words in a bag; torch cannot differentiate it twice. `twin` gathers the same words so that it can."""
-
-    def __init__(self, *, twin: bool = False) -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(6, 3, mode="mean")
-        self.twin = twin
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, words: Tensor) -> Tensor:
-        means = F.embedding(words, self.bag.weight).mean(1) if self.twin else self.bag(words)
-        return self.head(torch.tanh(means))
-
-
-def sentences() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(6, (12, 4), generator=generator)
-    return [(each, F.one_hot(each.sum() % 3, 3).double()) for each in words]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -18,24 +18,29 @@ from lightning_eoss.curvature.preflight import Findings, preflight, reduction
 from lightning_eoss.curvature.solver import Plan
 from lightning_eoss.isolation.isolate import isolated
 from lightning_eoss.training.plan import described
-from tests.curvature.test_operators import Bag, batch_norm_training, dropout, sentences
 from tests.problems import (
     Attention,
+    Bag,
     LossFn,
     Tempered,
     Tied,
     assert_close,
     batch_norm,
+    batch_norm_training,
     cnn,
     collated,
     cross_entropy,
     dense_gradient_and_hessian,
+    dropout,
     layer_norm,
     made,
     mlp,
     objective_of,
     pictures,
+    sentences,
     squared_error,
+    sum_of_errors,
+    weighted_cross_entropy,
 )
 
 torch.set_num_threads(1)
@@ -46,15 +51,6 @@ F64, F32 = torch.float64, torch.float32
 def findings_of(net: Callable[[], nn.Module], loss_fn: LossFn, data: Any, dtype: torch.dtype = F64) -> Findings:
     with objective_of(made(net, dtype=dtype), loss_fn, data) as objective:
         return preflight(objective, 8)
-
-
-def sum_of_errors(model: nn.Module, batch: Any) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
-
-
-def weighted_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    weights = torch.tensor([1.0, 2.0, 5.0], dtype=batch[0].dtype)
-    return F.cross_entropy(model(batch[0]), batch[1].argmax(-1), weight=weights)
 
 
 def pairwise(model: nn.Module, batch: Any) -> Tensor:

@@ -14,15 +14,21 @@ from lightning_eoss.measurements.prediction import SharpnessPrediction, Unpredic
 from lightning_eoss.measurements.sharpness import measure_sharpness
 from lightning_eoss.measurements.subspace import outlier_subspace
 from lightning_eoss.theory.random_matrix import eigenvector_overlap, marchenko_pastur_outlier, wigner_outlier
-from tests.measurements.test_variance import (
+from tests.problems import (
     Quadratic,
+    batch_norm,
+    cross_entropy,
     dense_hessians,
     deviations,
+    made,
+    mlp,
+    pictures,
     quadratic_loss,
     samples_of,
     solver_of,
+    squared_error,
+    top,
 )
-from tests.problems import batch_norm, cross_entropy, made, mlp, pictures, squared_error, top
 
 
 def goe(count: int, dim: int, spike: float, *, seed: int = 0) -> Tensor:

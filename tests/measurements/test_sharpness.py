@@ -24,20 +24,23 @@ from lightning_eoss.curvature.seeds import derived_seed
 from lightning_eoss.curvature.solver import Plan, Solver, WarmStart
 from lightning_eoss.isolation.isolate import isolated
 from lightning_eoss.measurements.sharpness import SharpnessMeasurement, measure, measure_sharpness
-from tests.curvature.test_operators import NETS, batch_norm_training, dropout
-from tests.curvature.test_preflight import sum_of_errors, weighted_cross_entropy
 from tests.problems import (
+    NETS,
     LossFn,
     assert_close,
+    batch_norm_training,
     collated,
     cross_entropy,
     dense_gradient_and_hessian,
+    dropout,
     made,
     mlp,
     objective_of,
     pictures,
     squared_error,
+    sum_of_errors,
     top,
+    weighted_cross_entropy,
 )
 
 torch.set_num_threads(1)

@@ -1,61 +1,25 @@
 """The corrected Algorithm 1 against dense per-sample Hessians."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lightning_eoss.curvature.batches import Part
-from lightning_eoss.curvature.gauss_newton import curvature_of
-from lightning_eoss.curvature.operators import HESSIAN
-from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.measurements.variance import hessian_variance, sample_hessian_factor
 from lightning_eoss.theory.statistics import mean_estimate, moments
-from tests.problems import collated, dense_gradient_and_hessian, made, mlp, objective_of, pictures, squared_error
-
-
-@contextmanager
-def solver_of(model: nn.Module, loss_fn: Any, data: Any, *, seed: int = 0, **options: Any) -> Iterator[Solver]:
-    """All that products need."""
-    with objective_of(model, loss_fn, data) as objective:
-        curvature = curvature_of(objective=objective, batch_size=4, **options) if options else HESSIAN
-        generator = torch.Generator().manual_seed(seed)
-        plan = Plan(2, full_batch_samples=None, seed=seed)
-        yield Solver(objective, plan, preflight(objective, 2), generator, curvature=curvature)
-
-
-def dense_hessians(model: nn.Module, loss_fn: Any, data: Any) -> Tensor:
-    """(N, P, P), one for each sample."""
-    return torch.stack(
-        [dense_gradient_and_hessian(model, loss_fn, collated(data, [index]))[1] for index in range(len(data))]
-    )
-
-
-def deviations(hessians: Tensor) -> Tensor:
-    return hessians - hessians.mean(0)
-
-
-class Quadratic(nn.Module):
-    """theta' M theta / 2 for a matrix M a sample: its Hessian is the sample."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.ones(dim, dtype=torch.float64))
-
-    def forward(self, matrices: Tensor) -> Tensor:
-        return torch.einsum("p,npq,q->n", self.theta, matrices, self.theta) / 2
-
-
-def quadratic_loss(model: nn.Module, batch: Any) -> Tensor:
-    return model(batch[0]).mean()
-
-
-def samples_of(matrices: Tensor) -> list[tuple[Tensor]]:
-    return [(matrix,) for matrix in matrices]
+from tests.problems import (
+    Quadratic,
+    dense_hessians,
+    deviations,
+    made,
+    mlp,
+    pictures,
+    quadratic_loss,
+    samples_of,
+    solver_of,
+    squared_error,
+)
 
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn"])

@@ -5,6 +5,7 @@ Bounds are five standard errors of Gaussian samples; all seeds are fixed.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -13,24 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_eoss.theory.gradient_noise import Noise, batch_gradient_covariance, gradient_with_noise
+from lightning_eoss.theory.gradient_noise import Noise, gradient_with_noise
+from tests.oracles import injected_covariance
 
 NOISES = get_args(Noise)
 ROWS = torch.tensor([[1.0, 0, 2], [0, 2, 1], [-1, 1, 0], [3, 1, 1], [2, -2, 0], [1, 0, -1]], dtype=torch.float64)
+exact = partial(injected_covariance, rows=ROWS)
 
 
 def draw(noise: Noise, batch_size: int, seed: int = 0, rows: Tensor = ROWS, blocks: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return gradient_with_noise(rows.split(blocks), len(rows), noise=noise, batch_size=batch_size, generator=generator)
-
-
-def exact(noise: Noise, batch_size: int, rows: Tensor = ROWS) -> NDArray[np.float64]:
-    """What covariance the noise must have."""
-    if noise == "multiplicative":
-        return batch_gradient_covariance(rows.numpy(), batch_size, sampling="bernoulli")
-    full = batch_gradient_covariance(rows.numpy(), batch_size)
-    diagonal = np.diag(full.diagonal())
-    return {"full": full, "diagonal": diagonal, "isotropic": np.eye(len(full)) * full.trace() / len(full)}[noise]
 
 
 def assert_gaussian_moments(samples: NDArray[np.float64], covariance: NDArray[np.float64]) -> None:
