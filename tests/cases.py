@@ -1,5 +1,7 @@
 """Trainings with habits that measuring could disturb, each from its seeds: what they leave behind must not change."""
 
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 from tests.habits.data import HABITS_OF_DATA
 from tests.habits.modules import HABITS_OF_MODULES
-from tests.runs import fit, seeded, state_of
+from tests.runs import cells, fit, seeded, state_of
 
 CASES = [*HABITS_OF_MODULES, *HABITS_OF_DATA]
 
@@ -19,6 +21,14 @@ def run(case: Any, root: Path, *callbacks: Any, **options: Any) -> tuple[Any, di
     others = defaults.pop("callbacks", [])
     trainer = fit(root, module, data, *others, *callbacks, **{**defaults, **options})
     return trainer, {**state_of(trainer), "data": traces(data)}
+
+
+@cache
+def unwatched(case: Any) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """What a case leaves behind without us, and the cells of its log: one run for all that compare with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, state = run(case, Path(folder))
+        return state, cells(Path(folder))
 
 
 def traces(data: Any) -> list[Any]:

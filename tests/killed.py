@@ -1,13 +1,14 @@
-"""A training with checkpoints that the machine ends: ``python -m tests.killed FOLDER CALLBACK ...``."""
+"""A training with checkpoints that the machine ends, in a process of its own."""
 
+import multiprocessing
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -31,7 +32,14 @@ def checkpointed(root: Path, logs: str, names: Iterable[str], *more: Any, ckpt_p
     return fit(root / logs, Regressor(), loader(), *callbacks, save, *more, **options)
 
 
-if __name__ == "__main__":
+def killed(root: Path, names: Iterable[str]) -> None:
     warnings.simplefilter("ignore")
-    folder, *names = sys.argv[1:]
-    checkpointed(Path(folder), "killed", names, Killed())
+    checkpointed(root, "killed", names, Killed())
+
+
+def started(root: Path, names: Iterable[str]) -> Any:
+    """A process in which that is going on; a fork where torch can, because it need not import everything again."""
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    process = context.Process(target=killed, args=(root, names))
+    process.start()
+    return process

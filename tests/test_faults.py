@@ -1,8 +1,6 @@
 """What goes wrong while a training is watched costs measurements at most: the training is that of a run without us."""
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-import lightning_eoss
 from lightning_eoss import GradientNoiseInjector
 from lightning_eoss.display import tags
 from lightning_eoss.training.watch import _SHARED
-from tests.killed import checkpointed
+from tests.killed import checkpointed, started
 from tests.runs import (
     Regressor,
     assert_same,
@@ -383,20 +380,14 @@ def test_memory_that_runs_out_leaves_nothing_behind(most: int, tmp_path: Path) -
 
 
 @pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory:UserWarning")  # which the resumed run finds there
 def test_a_run_that_is_killed_goes_on_as_one_without_us(tmp_path: Path) -> None:
     watching = (*MEASURING, "WeightDistanceMonitor")
-    home = Path(lightning_eoss.__file__).parents[1]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.killed", str(tmp_path / where), *names],
-            cwd=home,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for where, names in (("watched", watching), ("alone", ()))
-    ]
-    assert [child.wait(120) for child in children] == [-signal.SIGKILL] * 2
+    children = [started(tmp_path / where, names) for where, names in (("watched", watching), ("alone", ()))]
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [-signal.SIGKILL] * 2
     states = []
     for where, names in (("watched", watching), ("alone", ())):
         (last,) = (tmp_path / where).glob("*step=8.ckpt")

@@ -14,7 +14,7 @@ from lightning_eoss.callbacks import gradient_noise as module
 from lightning_eoss.callbacks.gradient_noise import GradientNoiseMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.theory.gradient_noise import sampling_factor
-from tests.cases import CASES, run
+from tests.cases import CASES, run, unwatched
 from tests.habits.modules import batch_norm
 from tests.problems import dense_gradient_and_hessian, squared_error
 from tests.runs import Regressor, assert_same, cells, fit, loader, monitor, points, samples, seeded
@@ -40,11 +40,11 @@ def regressor() -> Regressor:
 @pytest.mark.filterwarnings("ignore:GradientNoiseMonitor:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
-    _, alone = run(case, tmp_path / "alone")
+    state, logged = unwatched(case)
     watch = noise()
     _, watched = run(case, tmp_path / "watched", watch)
-    assert_same(watched, alone)
-    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert_same(watched, state)
+    assert cells(tmp_path / "watched") == logged
     shown = points(tmp_path / "watched")
     assert len(watch.history) >= 1 and watch._findings is not None
     needed = ALWAYS + (PREDICTED if watch._findings.reduction == "mean" else ())

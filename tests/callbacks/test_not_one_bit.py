@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from tests.cases import CASES, run
+from tests.cases import CASES, run, unwatched
 from tests.habits.data import Stream
 from tests.habits.modules import (
     Case,
@@ -32,11 +32,11 @@ from tests.runs import Regressor, assert_same, cells, loader, monitor, points, s
 @pytest.mark.filterwarnings("ignore:SharpnessMonitor:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
-    _, alone = run(case, tmp_path / "alone")
+    state, logged = unwatched(case)
     watch = monitor(raw=True)  # shows nothing more where limits are one number
     _, watched = run(case, tmp_path / "watched", watch)
-    assert_same(watched, alone)
-    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert_same(watched, state)
+    assert cells(tmp_path / "watched") == logged
     shown = points(tmp_path / "watched")
     needed = {"sharpness/MiniBS", "sharpness/FullBS", "sharpness/directional", "sharpness/current_batch", "cost/share"}
     assert needed <= shown.keys()
@@ -47,11 +47,11 @@ def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [batch_norm, accumulation, collecting])
 def test_a_share_of_wall_time_changes_nothing_either(case: Any, tmp_path: Path) -> None:
     """What is measured when depends on the clock, and training on none of it."""
-    _, alone = run(case, tmp_path / "alone")
+    state, logged = unwatched(case)
     watch = monitor(None, overhead=0.5)
     _, watched = run(case, tmp_path / "watched", watch)
-    assert_same(watched, alone)
-    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert_same(watched, state)
+    assert cells(tmp_path / "watched") == logged
     assert watch.history
 
 

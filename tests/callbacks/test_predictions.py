@@ -14,7 +14,7 @@ from lightning_eoss.callbacks import sharpness
 from lightning_eoss.display import tags
 from lightning_eoss.measurements.prediction import predict_sharpness
 from lightning_eoss.measurements.sharpness import measure_sharpness
-from tests.cases import CASES, run
+from tests.cases import CASES, run, unwatched
 from tests.problems import dense_gradient_and_hessian, squared_error
 from tests.runs import Regressor, assert_same, cells, fit, loader, monitor, points, samples, seeded
 
@@ -39,11 +39,11 @@ def regressor() -> Regressor:
 @pytest.mark.filterwarnings("ignore:(SharpnessMonitor|SpectralDensityMonitor):UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_with_everything_on_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
-    _, alone = run(case, tmp_path / "alone")
-    watch, density = monitor(4, predictions=True), spectrum()
+    state, logged = unwatched(case)
+    watch, density = monitor(4, predictions=True), spectrum(steps=2, num_probes=1)  # each pass is as all the others
     _, watched = run(case, tmp_path / "watched", watch, density)
-    assert_same(watched, alone)
-    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert_same(watched, state)
+    assert cells(tmp_path / "watched") == logged
     assert len(density.history) >= 1
     if watch._findings.reduction == "mean" and watch._watch.data.sampler is None:
         assert all(len(points(tmp_path / "watched")[tag]) >= 1 for tag in (*MODELS, *NUMBERS))

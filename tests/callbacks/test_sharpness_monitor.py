@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from lightning_eoss import SharpnessMonitor, measure_sharpness
 from lightning_eoss.callbacks import sharpness
@@ -21,7 +20,7 @@ from lightning_eoss.display import tags
 from lightning_eoss.theory.statistics import PHASES
 from lightning_eoss.training import schedule as agenda
 from lightning_eoss.training import watch as watch_module
-from tests.problems import dense_gradient_and_hessian, squared_error, top
+from tests.problems import collated, dense_gradient_and_hessian, squared_error, top
 from tests.runs import Regressor, cells, fit, loader, monitor, points, samples, seeded, trainer_of
 
 DOUBLE = torch.float64
@@ -108,10 +107,11 @@ def test_mini_and_directional_are_means_over_all_batches(tmp_path: Path) -> None
     fit(tmp_path, regressor(), loader(data), note, monitor(2, rel_error=0.01, num_batches=100), max_epochs=3)
     shown = points(tmp_path)
     for step, value in shown[tags.MINI_BS].items():
+        each = [dense_gradient_and_hessian(note.modules[step], squared_error, collated(data, [i])) for i in range(8)]
+        gradients, hessians = (torch.stack(column) for column in zip(*each, strict=True))
         tops, ratios = [], []
-        for indices in itertools.combinations(range(8), 4):
-            batch = default_collate([data[index] for index in indices])
-            gradient, hessian = dense_gradient_and_hessian(note.modules[step], squared_error, batch)
+        for indices in map(list, itertools.combinations(range(8), 4)):  # the loss is a mean over samples
+            gradient, hessian = gradients[indices].mean(0), hessians[indices].mean(0)
             tops.append(top(hessian))
             ratios.append(float(gradient @ hessian @ gradient / gradient.square().sum()))
         for tag, expected in ((tags.MINI_BS, tops), (tags.DIRECTIONAL, ratios)):

@@ -16,7 +16,7 @@ from lightning_eoss.callbacks import weights
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.theory.random_walk import distance_laws, next_look
-from tests.cases import CASES, run
+from tests.cases import CASES, run, unwatched
 from tests.runs import Regressor, assert_same, cells, fit, loader, points, seeded, trainer_of
 
 LAWS = {tags.WEIGHTS_LOG_SLOPE, tags.WEIGHTS_LOG_R2, tags.WEIGHTS_POWER_EXPONENT, tags.WEIGHTS_POWER_R2}
@@ -74,11 +74,11 @@ class Keep(Callback):
 @pytest.mark.filterwarnings("ignore:.*WeightDistanceMonitor:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
-    _, alone = run(case, tmp_path / "alone")
+    state, logged = unwatched(case)
     watch = WeightDistanceMonitor(1, projection=16)
     _, watched = run(case, tmp_path / "watched", watch)
-    assert_same(watched, alone)
-    assert cells(tmp_path / "watched") == cells(tmp_path / "alone")
+    assert_same(watched, state)
+    assert cells(tmp_path / "watched") == logged
     assert len(points(tmp_path / "watched")[tags.WEIGHTS_DISTANCE]) >= 2
 
 
