@@ -1,7 +1,9 @@
 """What goes wrong while a training is watched costs measurements at most: the training is that of a run without us."""
 
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -339,15 +341,24 @@ def holds(most: int, error: Exception, since: int = 0) -> Fault:
     return fault
 
 
+@cache
+def with_memory(name: str) -> tuple[Any, Any]:
+    """A callback in a run where memory is enough, and what that leaves behind: once for all that compare with it."""
+    callback = public_callback(name)
+    with tempfile.TemporaryDirectory() as folder:
+        return callback, run(Path(folder), Faulty(), callback, max_epochs=1)
+
+
 @pytest.mark.parametrize(("since", "error"), [(0, ON_CUDA), (2, ON_CPU)], ids=["CUDA", "CPU"])
 @pytest.mark.parametrize("name", MEASURING)
 def test_less_at_once_where_memory_runs_out(name: str, since: int, error: Exception, tmp_path: Path) -> None:
     """Batches of training's size fit, and the full batch does not: it goes in pieces, with the same result."""
     SEEN.clear()
-    callback, free = public_callback(name), public_callback(name)
-    watched = run(tmp_path / "watched", Faulty(holds(8, error, since)), callback, max_epochs=1)
+    callback = public_callback(name)
+    watched = run(tmp_path, Faulty(holds(8, error, since)), callback, max_epochs=1)
     assert set(SEEN) == {since}  # what was learned of memory stays
-    assert_same(watched, run(tmp_path / "alone", Faulty(), free, max_epochs=1))
+    free, expected = with_memory(name)
+    assert_same(watched, expected)
     assert history(callback) == history(free) == [0, 2, 4]
     measured = {"GradientNoiseMonitor": tags.NOISE_NORM, "SharpnessMonitor": tags.FULL_BS}
     tag = measured.get(name, tags.SPECTRUM_LARGEST)
