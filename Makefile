@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet
-SOURCES := lightning_eoss tests examples benchmarks
+SOURCES := lightning_eoss tests examples papers benchmarks
 
 # Every installation obeys the pins, those of the build backend included.
 export PIP_CONSTRAINT := constraints.txt
@@ -32,7 +32,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# The long tables, seeds and figures.
+# The long tables; the papers' figures are drawn by `python papers/NAME.py`.
 reproduce: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.reproduce
 

@@ -1,6 +1,6 @@
 """How learning rates follow the batch size, the edge and the spectrum, in pictures.
 
-Run `python examples/learning_rate.py --out pictures` (five minutes on one core; `--quick` for a coarse look).
+Run `python papers/learning_rate.py --out pictures` (five minutes on one core; `--quick` for a coarse look).
 Each picture answers to figures in print, and says in a sentence below itself where it agrees and where not:
 
 * Granziol, Zohren and Roberts, "Learning Rates as a Function of Batch Size": Figures 12 and 21 (SGD), 20 and 22 (Adam),
@@ -10,36 +10,27 @@ Each picture answers to figures in print, and says in a sentence below itself wh
 The networks are small, the data scikit-learn's digits.
 """
 
-import argparse
-import logging
-import textwrap
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from common import FAINT, Loss, Picture, decay, main, network, of_model, quiet_trainer, squared_error
 from lightning_eoss import LearningRateRescaler, SharpnessMonitor, SpectralLearningRate, measure_sharpness
 from lightning_eoss.demo import DigitsMLP, digits
 from lightning_eoss.display import tags
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
 from lightning_eoss.theory.random_matrix import BatchSizeCurve, fit_batch_size_curve
 from lightning_eoss.theory.scaling import curve_factor, scale_learning_rate
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-FAINT = {"alpha": 0.18, "lw": 0}
 
 
 @dataclass(frozen=True)
@@ -63,10 +54,6 @@ QUICK = Effort((16, 64, 256), 64, 1, 5, 192, 32, 4, 15, (0.3,))
 # ---- how far the rules reach: Figures 12 and 21, 20 and 22 -----------------------------------------------------------
 
 
-def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().sum(-1).mean() / 2
-
-
 LOSSES: dict[str, Loss] = {"cross entropy": F.cross_entropy, "squared error": squared_error}
 GRIDS = {  # of learning rates, in powers of two
     ("SGD", "cross entropy"): (-2, 6),
@@ -76,11 +63,6 @@ GRIDS = {  # of learning rates, in powers of two
 }
 RULES = {"linear": VERMILLION, "sqrt": GREEN}
 STABLE = 0.5  # chosen before anything was seen: a rate is stable if training brings the loss below half of its start
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
 
 
 def sweep(optimizer: str, loss: Loss, batch_size: int, rates: np.ndarray, effort: Effort) -> tuple[np.ndarray, Tensor]:
@@ -101,7 +83,8 @@ def sweep(optimizer: str, loss: Loss, batch_size: int, rates: np.ndarray, effort
 
     gradients = vmap(grad_and_value(batch_loss))
     generator = torch.Generator().manual_seed(0)
-    starts = torch.stack([parameters_to_vector(network(seed).parameters()).detach() for seed in range(effort.seeds)])
+    models = [network(seed=seed) for seed in range(effort.seeds)]
+    starts = torch.stack([parameters_to_vector(each.parameters()).detach() for each in models])
     weights = starts.repeat(len(rates), 1)
     rate = torch.tensor(rates, dtype=weights.dtype).repeat_interleave(effort.seeds)[:, None]
     mean, square, step, first = torch.zeros_like(weights), torch.zeros_like(weights), 0, None
@@ -126,12 +109,8 @@ def sharpness_curve(weights: Tensor, loss: Loss, effort: Effort) -> BatchSizeCur
     """MiniBS over the batch size."""
     model, data = network(), digits()
     vector_to_parameters(weights, model.parameters())
-
-    def batch_loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-        return loss(model(batch[0]), batch[1])
-
     given = {"rel_error": 0.02, "num_batches": 2 * effort.batches}
-    measured = [measure_sharpness(model, batch_loss, data, batch_size=size, **given) for size in effort.sizes]
+    measured = [measure_sharpness(model, of_model(loss), data, batch_size=size, **given) for size in effort.sizes]
     mini = [each.mini_batch for each in measured]
     return fit_batch_size_curve(
         measured[0].full_batch.value,
@@ -273,14 +252,7 @@ class Digits(DigitsMLP):
 
 
 def fit(module: LightningModule, data: Dataset, batch_size: int, callbacks: list[Callback], **length: int) -> None:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(accelerator="cpu", callbacks=callbacks, **quiet, **length)
-    trainer.fit(module, DataLoader(data, batch_size, shuffle=True))
+    quiet_trainer(callbacks=callbacks, **length).fit(module, DataLoader(data, batch_size, shuffle=True))
 
 
 def watched(
@@ -354,14 +326,11 @@ def change_figure(effort: Effort) -> tuple[object, str]:
 
 
 class Learner(LightningModule):
-    """A network under SGD with momentum .9; given a number of epochs, on their schedule, equation (21).
-
-    Its rate is constant for half of the epochs, then falls linearly to a hundredth at nine tenths.
-    """
+    """A network under SGD with momentum .9; given a number of epochs, on their schedule."""
 
     def __init__(self, loss: Loss, rate: float, epochs: int | None, seed: int) -> None:
         super().__init__()
-        self.net, self.loss, self.rate, self.epochs = network(seed), loss, rate, epochs
+        self.net, self.loss, self.rate, self.epochs = network(seed=seed), loss, rate, epochs
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         return self.loss(self.net(batch[0]), batch[1])
@@ -370,7 +339,7 @@ class Learner(LightningModule):
         optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9, weight_decay=0.0005)
         if self.epochs is None:
             return optimizer
-        return [optimizer], [LambdaLR(optimizer, lambda t: 1 - 0.99 * min(max(t / self.epochs - 0.5, 0) / 0.4, 1))]
+        return [optimizer], [LambdaLR(optimizer, lambda epoch: decay(epoch / self.epochs))]
 
 
 class Curves(Callback):
@@ -469,29 +438,12 @@ def learned_figure(effort: Effort) -> tuple[object, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(), help="directory for the pictures (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    effort = QUICK if options.quick else Effort()
-    warnings.simplefilter("ignore", PossibleUserWarning)  # Lightning's advice on workers and the like
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-
-    def save(name: str, drawn: tuple) -> None:
-        figure, sentence = drawn
-        wrapped = textwrap.fill(sentence, round(14 * figure.get_figwidth()))
-        figure.supxlabel(wrapped, x=0.02, ha="left", fontsize=9, color=INK)
-        figure.savefig(options.out / f"{name}.png")
-        print(f"{options.out / name}.png\n    {sentence}\n", flush=True)
-
-    save("figures_12_21_sgd", scaling_figure(effort, "SGD"))
-    save("figures_20_22_adam", scaling_figure(effort, "Adam"))
-    save("edge_figures_3_4_5_changes", change_figure(effort))
-    save("figures_17_18_learned", learned_figure(effort))
+def pictures(effort: Effort) -> Iterator[Picture]:
+    yield "figures_12_21_sgd", *scaling_figure(effort, "SGD")
+    yield "figures_20_22_adam", *scaling_figure(effort, "Adam")
+    yield "edge_figures_3_4_5_changes", *change_figure(effort)
+    yield "figures_17_18_learned", *learned_figure(effort)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, pictures, effort=Effort(), quick=QUICK)

@@ -1,6 +1,6 @@
 """How far training goes from where it began, and the potential that it walks in.
 
-Run `python examples/random_walk.py --out pictures` (two minutes on one core; `--quick` for a coarse look).
+Run `python papers/random_walk.py --out pictures` (two minutes on one core; `--quick` for a coarse look).
 Each picture answers to figures of Hoffer, Hubara and Soudry, "Train longer, generalize better", and says in a sentence
 below itself where it agrees with print and where not:
 
@@ -11,22 +11,18 @@ below itself where it agrees with print and where not:
 The network is a small one, the data scikit-learn's digits; theirs were ResNets on CIFAR-10.
 """
 
-import argparse
-import logging
 import math
-import textwrap
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from sklearn.datasets import load_digits
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from common import FAINT, Picture, classes, main, of_model, quiet_trainer
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
@@ -49,6 +45,8 @@ class Effort:
 
 
 QUICK = Effort(300, (16, 256), 20, 12, 9)
+
+cross_entropy = of_model(F.cross_entropy)
 
 
 def network(*, norm: bool = True) -> nn.Module:
@@ -78,16 +76,6 @@ class Digits(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
-def cross_entropy(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def digits() -> TensorDataset:
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    images = (images - images.mean(0)) / (images.std(0) + 0.1)
-    return TensorDataset(images.float(), labels)
-
-
 @dataclass(frozen=True)
 class Walk:
     """What was seen of one training."""
@@ -103,16 +91,7 @@ def walk(effort: Effort, data: TensorDataset, batch_size: int, learning_rate: fl
     # All steps in one long epoch, and batches by a list of indices: large batches would spend their time on epochs.
     order = RandomSampler(data, num_samples=(effort.steps + 1) * batch_size, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(data, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last=False))
-    trainer = Trainer(
-        max_steps=effort.steps + 1,
-        callbacks=[monitor],
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Digits(learning_rate), loader)
+    quiet_trainer(max_steps=effort.steps + 1, callbacks=[monitor]).fit(Digits(learning_rate), loader)
     seen = monitor.history
     angles = [each[tags.WEIGHTS_ANGLE] for each in seen if each["step"] >= SINCE]
     steps = [int(each["step"]) for each in seen]
@@ -174,7 +153,7 @@ def potential_figure(effort: Effort, data: TensorDataset, farthest: float) -> tu
                 mean, first = np.array([each.mean for each in values]), found.beyond_taylor(values)
                 ends = [[each.lower for each in values], [each.upper for each in values]]
                 axes.plot(z, mean, "o", ms=4, mew=0, color=color, label=f"{name} of the loss difference, 95 %")
-                axes.fill_between(z, *ends, color=color, alpha=0.18, lw=0)
+                axes.fill_between(z, *ends, color=color, **FAINT)
                 ratios[norm, name] = float(np.interp(farthest, z, mean / line))
                 if math.isfinite(exponent.mean):
                     shape = z[first:] ** exponent.mean
@@ -196,27 +175,12 @@ def potential_figure(effort: Effort, data: TensorDataset, farthest: float) -> tu
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(), help="directory for the pictures (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
-    effort, data = QUICK if options.quick else Effort(), digits()
-
-    def save(name: str, figure: object, sentence: str) -> None:
-        figure.supxlabel(
-            textwrap.fill(sentence, round(14 * figure.get_figwidth())), x=0.02, ha="left", fontsize=9, color=INK
-        )
-        figure.savefig(options.out / f"{name}.png")
-        print(f"{options.out / name}.png\n    {sentence}\n", flush=True)
-
+def pictures(effort: Effort) -> Iterator[Picture]:
+    data = classes(1797)
     figure, sentence, farthest = distance_figure(effort, data)
-    save("distance", figure, sentence)
-    save("potential", *potential_figure(effort, data, farthest))
+    yield "distance", figure, sentence
+    yield "potential", *potential_figure(effort, data, farthest)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, pictures, effort=Effort(), quick=QUICK)

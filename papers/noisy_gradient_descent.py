@@ -1,6 +1,6 @@
 """Is it the size of its noise, or where it points to, that keeps SGD below the edge? Descent with three noises.
 
-Run `python examples/noisy_gradient_descent.py --out pictures` (two minutes on one core; `--quick` for a coarse look).
+Run `python papers/noisy_gradient_descent.py --out pictures` (two minutes on one core; `--quick` for a coarse look).
 The picture answers to Figure 10 of Andreyev and Beneventano, "Edge of Stochastic Stability", section 5.1, and says in
 a sentence below itself where it agrees with print and where not.
 
@@ -9,12 +9,9 @@ noise. That has the covariance of the batch gradient at the very same weights, o
 alone, the same in all directions. In a Trainer, `GradientNoiseInjector` does so to any network.
 """
 
-import argparse
 import math
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import get_args
 
@@ -24,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import TensorDataset
 
+from common import Picture, main, network, of_model, squared_error
 from lightning_eoss import measure_sharpness
 from lightning_eoss.demo import digits
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
@@ -52,23 +50,11 @@ class Effort:
 QUICK = Effort(128, 60, 4, 10)
 
 
-def network(width: int = 32) -> nn.Module:
-    """With half of torch's usual initial weights: it starts flat and sharpens until the learning rate stops it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
-    vector_to_parameters(parameters_to_vector(model.parameters()).detach() / 2, model.parameters())
-    return model
-
-
-def squared_error(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum(-1).mean() / 2
-
-
 def sample_gradients(model: nn.Module, data: TensorDataset) -> Iterator[Tensor]:
     """(k, P) blocks, small enough for a processor's cache."""
 
     def loss(parameters: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
-        return squared_error(lambda x: functional_call(model, parameters, (x,)), [image[None], target[None]])
+        return squared_error(functional_call(model, parameters, (image[None],)), target[None])
 
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for images, targets in zip(*(tensor.split(128) for tensor in data.tensors), strict=True):
@@ -83,13 +69,14 @@ def step_gradient(model: nn.Module, data: TensorDataset, kind: str, generator: t
         mean, noise = gradient_with_noise(sample_gradients(model, data), len(data), **given)
         return mean + noise
     chosen = torch.randperm(len(data), generator=generator)[: BATCH_SIZE if kind == "SGD" else None]
-    loss = squared_error(model, [tensor[chosen] for tensor in data.tensors])
+    images, targets = (tensor[chosen] for tensor in data.tensors)
+    loss = squared_error(model(images), targets)
     return parameters_to_vector(torch.autograd.grad(loss, tuple(model.parameters())))
 
 
 def trained(effort: Effort, data: TensorDataset, kind: str) -> dict[int, tuple[float, ...]]:
     """Trains, and measures the three kinds of sharpness on the way; a run that diverges ends early."""
-    model, generator, found = network(), torch.Generator().manual_seed(0), {}
+    model, generator, found = network(scale=0.5), torch.Generator().manual_seed(0), {}
     stops = {round(effort.steps * point / effort.points) for point in range(effort.points + 1)}
     for step in range(effort.steps + 1):
         weights = parameters_to_vector(model.parameters()).detach()
@@ -97,7 +84,7 @@ def trained(effort: Effort, data: TensorDataset, kind: str) -> dict[int, tuple[f
             break
         if step in stops:
             given = {"batch_size": BATCH_SIZE, "num_batches": effort.batches}
-            seen = measure_sharpness(model, squared_error, data, **given)
+            seen = measure_sharpness(model, of_model(squared_error), data, **given)
             found[step] = (seen.full_batch.value, seen.directional.mean, seen.mini_batch.mean)
         vector_to_parameters(weights - RATE * step_gradient(model, data, kind, generator), model.parameters())
     return found
@@ -131,19 +118,9 @@ def figure_10(effort: Effort) -> tuple[object, str]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(), help="directory for the picture (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure, sentence = figure_10(QUICK if options.quick else Effort())
-    width = round(14 * figure.get_figwidth())
-    figure.supxlabel(textwrap.fill(sentence, width), x=0.02, ha="left", fontsize=9, color=INK)
-    path = options.out / "figure_10_noisy_gradient_descent.png"
-    figure.savefig(path)
-    print(f"{path}\n    {sentence}\n")
+def pictures(effort: Effort) -> Iterator[Picture]:
+    yield "figure_10_noisy_gradient_descent", *figure_10(effort)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, pictures, effort=Effort(), quick=QUICK)

@@ -1,6 +1,6 @@
 """How much the gradient of a mini-batch scatters while SGD goes on, and how that depends on the batch size.
 
-Run `python examples/gradient_noise.py --out pictures` (a minute on one core; `--quick` for a coarse look).
+Run `python papers/gradient_noise.py --out pictures` (a minute on one core; `--quick` for a coarse look).
 Each picture answers to a figure of "The Impact of the Mini-batch Size on the Dynamics of SGD: Variance and Beyond", and
 says in a sentence below itself where it agrees with print and where not:
 
@@ -12,10 +12,8 @@ As in print the variance at step t is over everything that was drawn from one se
 all steps before t included. Data are scikit-learn's diabetes and digits, where theirs were admissions and MNIST.
 """
 
-import argparse
-import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
+from common import FAINT, Picture, main
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
 from lightning_eoss.theory.gradient_noise import regression_noise, sampling_factor, two_layer_polynomials
 
@@ -242,7 +241,7 @@ def figure_4(effort: Effort) -> tuple[object, str]:
             for axes, x in ((by_step, step), (by_epoch, step * size / TRAINING)):
                 low, middle, high = series["variance"].quantile(torch.tensor([0, 0.5, 1]).double(), dim=0)
                 axes.plot(x, middle, color=colors[size], label=f"b = {size}")
-                axes.fill_between(x, low, high, color=colors[size], alpha=0.18, lw=0)
+                axes.fill_between(x, low, high, color=colors[size], **FAINT)
             for name, style in (("training", "-"), ("validation", "--")):
                 middle = series[name].median(0).values
                 loss.plot(step * size / TRAINING, middle, style, color=colors[size], label=f"b = {size}, {name}")
@@ -274,24 +273,11 @@ def figure_4(effort: Effort) -> tuple[object, str]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(), help="directory for the pictures (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    effort = QUICK if options.quick else Effort()
-    for name, draw in (
-        ("figure_2_linear_regression", figure_2),
-        ("figure_3_two_layers", figure_3),
-        ("figure_4_digits", figure_4),
-    ):
-        figure, sentence = draw(effort)
-        width = round(14 * figure.get_figwidth())
-        figure.supxlabel(textwrap.fill(sentence, width), x=0.02, ha="left", fontsize=9, color=INK)
-        figure.savefig(options.out / f"{name}.png")
-        print(f"{options.out / name}.png\n    {sentence}\n", flush=True)
+def pictures(effort: Effort) -> Iterator[Picture]:
+    yield "figure_2_linear_regression", *figure_2(effort)
+    yield "figure_3_two_layers", *figure_3(effort)
+    yield "figure_4_digits", *figure_4(effort)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, pictures, effort=Effort(), quick=QUICK)

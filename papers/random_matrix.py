@@ -1,6 +1,6 @@
 """What batch noise does to the largest eigenvalue of the Hessian, in pictures: the theory's, and a network's own.
 
-Run `python examples/random_matrix.py --out pictures` (a minute and a half on one core; `--quick` for a coarse look).
+Run `python papers/random_matrix.py --out pictures` (a minute and a half on one core; `--quick` for a coarse look).
 Each picture answers to a figure in print, and says in a sentence below itself where it agrees and where not:
 
 * Granziol, Zohren and Roberts, "Learning Rates as a Function of Batch Size": Figures 1, 6, 7 and 9;
@@ -9,21 +9,18 @@ Each picture answers to a figure in print, and says in a sentence below itself w
 The networks are small, the data scikit-learn's digits; the first is trained by the hyperparameters of their VGG-16.
 """
 
-import argparse
 import statistics
-import textwrap
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from common import FAINT, Picture, classes, decay, main, network, of_model, squared_error
 from lightning_eoss import (
     SharpnessMeasurement,
     SharpnessPrediction,
@@ -34,6 +31,7 @@ from lightning_eoss import (
 from lightning_eoss.curvature.batches import random_batches
 from lightning_eoss.curvature.gauss_newton import curvature_of, ntk
 from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.demo import digits
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank, spectrum_figure
 from lightning_eoss.measurements.prediction import predict
 from lightning_eoss.measurements.standalone import standalone
@@ -47,7 +45,6 @@ from lightning_eoss.theory.random_matrix import (
 from lightning_eoss.theory.statistics import mean_estimate, moments
 
 LEGEND = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
-FAINT = {"alpha": 0.18, "lw": 0}
 BATCH_SIZE = 128  # theirs
 
 
@@ -75,31 +72,11 @@ QUICK = Effort(192, 60, 3, 20, (0, 1), 10, (8, 32, 128), 20, (4, 16), 5, 100, 3)
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+cross_entropy, half_squared_error = of_model(F.cross_entropy), of_model(squared_error)
 
 
-def squared_error(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum(-1).mean() / 2
-
-
-def squared_error_outputs(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    return model(batch[0]), lambda outputs: (outputs - batch[1]).square().sum(-1).mean() / 2
-
-
-def digits(samples: int) -> TensorDataset:
-    images, labels = (torch.from_numpy(array[:samples]) for array in load_digits(return_X_y=True))
-    images = (images - images.mean(0)) / (images.std(0) + 0.1)
-    return TensorDataset(images.float(), F.one_hot(labels, 10).float())
-
-
-def network(width: int, scale: float = 1.0) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-    return model
+def outputs_and_loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    return model(batch[0]), lambda outputs: squared_error(outputs, batch[1])
 
 
 def training(
@@ -110,13 +87,12 @@ def training(
     batch_size: int,
     steps: int,
     points: tuple[float, ...],
-    decay: bool,
+    decayed: bool,
     **options: float,
 ) -> Iterator[int]:
     """Trains by SGD, in epochs without replacement, and stops at some steps for the model to be looked at.
 
-    With `decay` the learning rate follows their equation (21): constant for half of the steps, then linear down to a
-    hundredth at nine tenths.
+    With `decayed` the learning rate follows their schedule.
     """
     optimizer, initial = torch.optim.SGD(model.parameters(), **options), options["lr"]
     generator, order = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.long)
@@ -124,9 +100,8 @@ def training(
     for step in range(steps + 1):
         if step in stops:
             yield step
-        if decay:
-            factor = 1 - 0.99 * min(max(step / steps - 0.5, 0) / 0.4, 1)
-            optimizer.param_groups[0]["lr"] = initial * factor
+        if decayed:
+            optimizer.param_groups[0]["lr"] = initial * decay(step / steps)
         if len(order) < batch_size:
             order = torch.randperm(len(data), generator=generator)
         chosen, order = order[:batch_size], order[batch_size:]
@@ -240,7 +215,7 @@ def along_training(effort: Effort, data: TensorDataset) -> list[Point]:
     batch_size = min(BATCH_SIZE, len(data) // 4)
     steps = effort.epochs * len(data) // batch_size
     options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005}
-    given = {"batch_size": batch_size, "steps": steps, "points": effort.points, "decay": True, **options}
+    given = {"batch_size": batch_size, "steps": steps, "points": effort.points, "decayed": True, **options}
     for step in training(model, cross_entropy, data, **given):
         ends = step in (0, steps)
         predicted = {
@@ -444,18 +419,18 @@ def figure_17(effort: Effort, data: TensorDataset) -> tuple[object, str]:
         for axes, size in zip(panels.flat, effort.kernel_sizes, strict=True):
             model, steps, hessian, kernel = network(32, scale=0.5), [], [], []
             shares = tuple(np.linspace(0, 1, effort.kernel_points))
-            given = {"batch_size": size, "steps": effort.kernel_steps, "points": shares, "decay": False, "lr": rate}
-            for step in training(model, squared_error, data, **given):
+            given = {"batch_size": size, "steps": effort.kernel_steps, "points": shares, "decayed": False, "lr": rate}
+            for step in training(model, half_squared_error, data, **given):
                 steps.append(step)
                 hessian.append(
                     measure_sharpness(
-                        model, squared_error, data, batch_size=size, num_batches=effort.batches
+                        model, half_squared_error, data, batch_size=size, num_batches=effort.batches
                     ).mini_batch
                 )
-                with standalone(model, squared_error, data, batch_size=size) as (objective, _):
+                with standalone(model, half_squared_error, data, batch_size=size) as (objective, _):
                     batches = random_batches(objective.source, size, seed=step)
                     tops = [
-                        torch.linalg.eigvalsh(ntk(objective, next(batches), squared_error_outputs))[-1]
+                        torch.linalg.eigvalsh(ntk(objective, next(batches), outputs_and_loss))[-1]
                         for _ in range(effort.kernel_batches)
                     ]
                 kernel.append(mean_estimate(moments(torch.stack(tops))))
@@ -494,33 +469,17 @@ def figure_17(effort: Effort, data: TensorDataset) -> tuple[object, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(), help="directory for the pictures (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    effort = QUICK if options.quick else Effort()
-    data = digits(effort.samples)
-
-    def save(name: str, drawn: tuple) -> None:
-        figure, sentence = drawn
-        figure.supxlabel(
-            textwrap.fill(sentence, round(14 * figure.get_figwidth())), x=0.02, ha="left", fontsize=9, color=INK
-        )
-        figure.savefig(options.out / f"{name}.png")
-        print(f"{options.out / name}.png\n    {sentence}\n", flush=True)
-
-    save("figure_1_simulated", figure_1(effort))
-    classes = TensorDataset(data.tensors[0], data.tensors[1].argmax(1))
-    points = along_training(effort, classes)
-    save("figure_6_spectrum_start", figure_6(effort, classes, points[0], "hessian"))
-    save("figure_6_spectrum_end", figure_6(effort, classes, points[-1], "hessian"))
-    save("figure_7_gauss_newton_end", figure_6(effort, classes, points[-1], "ggn"))
-    save("figure_9_along_training", figure_9(points))
-    save("gap_against_batch_size", gap_figure(effort, classes, points))
-    save("figure_17_kernel", figure_17(effort, data))
+def pictures(effort: Effort) -> Iterator[Picture]:
+    yield "figure_1_simulated", *figure_1(effort)
+    data = classes(effort.samples)
+    points = along_training(effort, data)
+    yield "figure_6_spectrum_start", *figure_6(effort, data, points[0], "hessian")
+    yield "figure_6_spectrum_end", *figure_6(effort, data, points[-1], "hessian")
+    yield "figure_7_gauss_newton_end", *figure_6(effort, data, points[-1], "ggn")
+    yield "figure_9_along_training", *figure_9(points)
+    yield "gap_against_batch_size", *gap_figure(effort, data, points)
+    yield "figure_17_kernel", *figure_17(effort, digits(effort.samples))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, pictures, effort=Effort(), quick=QUICK)
