@@ -1,53 +1,52 @@
-"""The picture of a run: its sharpness against step, with the threshold, and the edge ratio below.
+"""The pictures of a run: its sharpness, its predictions, spectra and gradient noise; and how a logger gets them.
 
-Drawn from plain curves, so that a live run, an event file and a test give the same picture. Matplotlib is optional and
-used through its objects alone: neither pyplot nor a backend of the caller's is touched.
+Drawn from plain curves and result objects, so that a live run, an event file and a test give the same picture.
+Matplotlib is optional and used through its objects alone: neither pyplot nor a backend of the caller's is touched.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lightning_eoss.display import page, tags
-from lightning_eoss.display.scalars import _entries
+from lightning_eoss.display.scalars import preconditioner_entries
+from lightning_eoss.measurements.gradient_noise import GradientNoise
+from lightning_eoss.measurements.spectrum import Spectra
+from lightning_eoss.theory.random_matrix import wigner_edge, wigner_outlier
+from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from lightning_eoss.measurements.spectrum import Spectra
-from lightning_eoss.theory.random_matrix import wigner_edge, wigner_outlier
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-import numpy as np
-
-from lightning_eoss.measurements.gradient_noise import GradientNoise
-from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps and values, equally long
 # Okabe and Ito's colours, told apart with any colour vision and in grey.
 BLUE, GREEN, VERMILLION, GREY, INK = "#0072B2", "#009E73", "#D55E00", "#8A8A8A", "#222222"
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "font.size": 10.5,
+    "grid.color": "#E6E6E6",
+    "legend.columnspacing": 1.6,
+    "legend.handlelength": 1.7,
+    "lines.linewidth": 2,
+}
+_ABOVE: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}  # where legends are
+_COLORS = {tags.MINI_BS: BLUE, tags.DIRECTIONAL: VERMILLION, tags.FULL_BS: GREEN}
 _MODELS = {
     tags.PREDICTION_SUBSPACE: (VERMILLION, "outlier subspace"),
     tags.PREDICTION_WIGNER: (GREY, "Wigner (Theorem 4)"),
     tags.PREDICTION_MARCHENKO_PASTUR: (GREEN, "Marchenko-Pastur (Theorem 7)"),
 }
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10.5,
-    "grid.color": "#E6E6E6",
-    "legend.columnspacing": 1.6,
-    "legend.frameon": False,
-    "legend.handlelength": 1.7,
-    "lines.linewidth": 2,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+_FAINTEST = 1e-9  # weights of a spectrum below are the rounding of float32
+
+
+# ---- curves of a run -------------------------------------------------------------------------------------------------
 
 
 def sharpness_figure(curves: Mapping[str, Curve], *, title: str | None = None) -> "Figure":
@@ -73,35 +72,31 @@ def sharpness_figure(curves: Mapping[str, Curve], *, title: str | None = None) -
         >>> figure.axes[0].get_ylabel()
         'sharpness'
     """
-    has_ratio = any(tag in curves for tag in (tags.EDGE_RATIO, tags.EDGE_RATIO_DIRECTIONAL, tags.EDGE_RATIO_FULL_BS))
+    has_ratio = any(ratio in curves for ratio in tags.RATIOS.values())
     with blank(8, 6 if has_ratio else 4.4, title) as figure:
         heights = [2.2, 1] if has_ratio else [1]
         sharpness, *below = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        _draw(sharpness, curves, tags.MINI_BS, BLUE, "MiniBS")
-        _draw(sharpness, curves, tags.DIRECTIONAL, VERMILLION, "directional")
-        _draw(sharpness, curves, tags.FULL_BS, GREEN, "FullBS")
+        for tag, color in _COLORS.items():
+            _draw(sharpness, curves, tag, color, tag.removeprefix("sharpness/"))
         bottom, top = sharpness.get_ylim()
         # Neither one batch in a hundred nor a warm-up's 2/lr, which starts near infinity, may flatten all the rest.
         if tags.CURRENT_BATCH in curves:
-            steps, values = curves[tags.CURRENT_BATCH]
-            dots: dict[str, Any] = {"ls": "", "marker": ".", "ms": 4, "mew": 0, "alpha": 0.6, "zorder": 1}
-            sharpness.plot(steps, values, color=GREY, label="current batch", **dots)
+            _, values = curves[tags.CURRENT_BATCH]
             top = max(top, 1.05 * sorted(values)[int(0.99 * (len(values) - 1))])
+            dots: dict[str, Any] = {"ls": "", "marker": ".", "ms": 4, "mew": 0, "alpha": 0.6, "zorder": 1}
+            _draw(sharpness, curves, tags.CURRENT_BATCH, GREY, "current batch", **dots)
         if tags.THRESHOLD in curves:
-            steps, values = curves[tags.THRESHOLD]
+            _, values = curves[tags.THRESHOLD]
             in_sight = min(values) < 3 * top
             top = max(top, 1.1 * min(values)) if in_sight else top
             label = "threshold (2/lr for SGD)" if in_sight else f"threshold (above the picture, {values[-1]:.3g})"
-            sharpness.plot(steps, values, "--", color=INK, lw=1.5, label=label)
-        if tags.THRESHOLD_SMALL_BATCH in curves:
-            steps, values = curves[tags.THRESHOLD_SMALL_BATCH]
-            sharpness.plot(steps, values, ":", color=INK, lw=1.5, label="for small batches")
+            _draw(sharpness, curves, tags.THRESHOLD, INK, label, ls="--", lw=1.5)
+        _draw(sharpness, curves, tags.THRESHOLD_SMALL_BATCH, INK, "for small batches", ls=":", lw=1.5)
         sharpness.set(ylim=(min(bottom, 0), top), ylabel="sharpness")
-        sharpness.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, markerscale=2)
+        sharpness.legend(ncols=5, markerscale=2, **_ABOVE)
         for ratio in below:
-            _draw(ratio, curves, tags.EDGE_RATIO, BLUE)
-            _draw(ratio, curves, tags.EDGE_RATIO_DIRECTIONAL, VERMILLION)
-            _draw(ratio, curves, tags.EDGE_RATIO_FULL_BS, GREEN)
+            for tag, color in _COLORS.items():
+                _draw(ratio, curves, tags.RATIOS[tag], color)
             ratio.axhline(1, ls="--", color=INK, lw=1.5)
             ratio.set_ylabel("edge ratio")
         figure.axes[-1].set_xlabel("step")
@@ -135,11 +130,10 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
     in_limits = tags.MINI_BS not in curves and tags.EDGE_RATIO in curves
     measured = tags.EDGE_RATIO if in_limits else tags.MINI_BS
     with blank(8, 4.4, title) as figure:
-        axes = figure.subplots()
+        axes, doubted = figure.subplots(), False
         _draw(axes, curves, measured, BLUE, "MiniBS, measured")
-        limit, doubted = math.inf, False
-        if measured in curves and axes.get_ylim()[1] > 0:
-            limit = 3 * axes.get_ylim()[1]
+        top = axes.get_ylim()[1]
+        limit = 3 * top if measured in curves and top > 0 else math.inf
         for tag, (color, label) in _MODELS.items():
             if tag not in curves:
                 continue
@@ -155,58 +149,8 @@ def prediction_figure(curves: Mapping[str, Curve], *, title: str | None = None) 
         bottom, top = axes.get_ylim()
         axes.set(ylim=(min(bottom, 0), min(top, limit)), xlabel="step")
         axes.set_ylabel("edge ratio" if in_limits else "sharpness")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        axes.legend(ncols=3, **_ABOVE)
     return figure
-
-
-def write_figure(experiment: Any, tag: str, draw: Callable[[], "Figure"], step: int) -> None:
-    """Writes a picture into a run.
-
-    Args:
-        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_figure` and matplotlib is
-            installed.
-        tag: Its name.
-        draw: Draws it.
-        step: Position on the x-axis, the one of the scalars.
-    """
-    if not hasattr(experiment, "add_figure"):
-        return
-    try:
-        figure = draw()
-    except ImportError:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)  # TensorBoard draws through the figure's own canvas
-    experiment.add_figure(tag, figure, step, close=False)
-
-
-@contextmanager
-def blank(width: float, height: float, title: str | None = None) -> "Iterator[Figure]":
-    """An empty figure in the house style, while it is drawn.
-
-    Args:
-        width: Inches, of 150 pixels.
-        height: The same.
-        title: Above everything.
-
-    Yields:
-        The figure; pyplot does not know it.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "lightning_eoss[plot]"') from error
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-        if title:
-            figure.suptitle(title, fontsize=12)
-        yield figure
 
 
 def _draw(
@@ -222,7 +166,7 @@ def _draw(
         axes.fill_between(steps, lower[1], upper[1], color=color, alpha=0.18, lw=0)
 
 
-_FAINTEST = 1e-9  # weights below are the rounding of float32
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":
@@ -261,20 +205,8 @@ def spectrum_figure(spectra: Spectra, *, title: str | None = None) -> "Figure":
             moved = [float(wigner_outlier(each, variance, **given)) for each in ends]
             axes.plot(moved, [3e-1] * len(moved), "v", color=INK, ms=7, label="predicted for a batch (Theorem 4)")
         axes.set(yscale="log", ylim=(_FAINTEST, 2), xlabel="eigenvalue", ylabel="share of the spectrum")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        axes.legend(ncols=2, **_ABOVE)
     return figure
-
-
-def write_spectrum(experiment: Any, spectra: Spectra, step: int) -> None:
-    """Writes the picture into a run.
-
-    Args:
-        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_figure` and matplotlib is
-            installed.
-        spectra: What was measured.
-        step: Position on the x-axis, the one of the scalars.
-    """
-    write_figure(experiment, tags.SPECTRUM, lambda: spectrum_figure(spectra), step)
 
 
 def noise_figure(noise: GradientNoise, *, title: str | None = None) -> "Figure":
@@ -314,30 +246,48 @@ def noise_figure(noise: GradientNoise, *, title: str | None = None) -> "Figure":
             axes.errorbar(sizes, means, yerr=errors, label="measured over random batches", **style)
         axes.axvline(noise.batch_size, color=GREY, ls="--", lw=1.2, label=f"b = {noise.batch_size:,}")
         axes.set(xscale="log", yscale="log", xlabel="batch size b", ylabel="variance of the gradient")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        axes.legend(ncols=3, **_ABOVE)
     return figure
 
 
-def write_noise(experiment: Any, noise: GradientNoise, step: int) -> None:
-    """Writes the picture into a run.
+# ---- into a run ------------------------------------------------------------------------------------------------------
 
-    Args:
-        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_figure` and matplotlib is
-            installed.
-        noise: What was measured.
-        step: Position on the x-axis, the one of the scalars.
-    """
+
+def write_figure(experiment: Any, tag: str, draw: Callable[[], "Figure"], step: int) -> None:
+    """Draws a picture into `logger.experiment`, if that takes figures and matplotlib is installed."""
+    if hasattr(experiment, "add_figure"):
+        with suppress(ImportError):
+            experiment.add_figure(tag, draw(), step, close=False)  # pyplot, which would close it, does not know it
+
+
+def write_spectrum(experiment: Any, spectra: Spectra, step: int) -> None:
+    """Draws both spectra into a run."""
+    write_figure(experiment, tags.SPECTRUM, lambda: spectrum_figure(spectra), step)
+
+
+def write_noise(experiment: Any, noise: GradientNoise, step: int) -> None:
+    """Draws the variance of the gradient into a run."""
     write_figure(experiment, tags.NOISE_CURVE, lambda: noise_figure(noise), step)
 
 
 def write_preconditioner(experiment: Any, limits: StabilityLimits | NoLimits, step: int) -> None:
-    """Writes the histogram of its decimal logarithm.
-
-    Args:
-        experiment: `logger.experiment` of any logger. Nothing happens unless it has `add_histogram`.
-        limits: The optimizer's limits.
-        step: Position on the x-axis, the one of the scalars.
-    """
+    """Writes the histogram of its decimal logarithm, where the optimizer has one."""
     if isinstance(limits, StabilityLimits) and limits.preconditioners:
-        exponents = _entries(limits).clamp(min=1e-38).log10()
+        exponents = preconditioner_entries(limits).clamp(min=1e-38).log10()
         page.write_histogram(experiment, exponents, step, tag=tags.PRECONDITIONER)
+
+
+@contextmanager
+def blank(width: float, height: float, title: str | None = None) -> "Iterator[Figure]":
+    """An empty figure in the house style while it is drawn, in inches of 150 pixels."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "lightning_eoss[plot]"') from error
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+        if title:
+            figure.suptitle(title, fontsize=12)
+        yield figure
