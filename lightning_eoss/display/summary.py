@@ -12,11 +12,6 @@ from lightning_eoss.theory.statistics import mean_estimate, moments
 
 _WINDOW = 5  # measurements, as many as the phase is judged on
 _VERDICTS = ("Sharpening", "At the edge", "Beyond the edge", "Catapult")  # by phase
-_RATIOS = {
-    tags.MINI_BS: tags.EDGE_RATIO,
-    tags.DIRECTIONAL: tags.EDGE_RATIO_DIRECTIONAL,
-    tags.FULL_BS: tags.EDGE_RATIO_FULL_BS,
-}
 _ROWS = (tags.MINI_BS, tags.DIRECTIONAL, tags.FULL_BS, tags.CURRENT_BATCH, tags.GAP, tags.THRESHOLD)
 
 
@@ -33,17 +28,16 @@ def read_curves(logdir: str | Path) -> dict[str, dict[str, Curve]]:
         >>> read_curves("no/such/directory")
         {}
     """
-    written: dict[Path, float] = {}
-    for file in Path(logdir).rglob("*tfevents*"):
-        written[file.parent] = max(file.stat().st_mtime, written.get(file.parent, 0))
+    # Of a run with several files the last one counts.
+    written = dict(sorted((file.parent, file.stat().st_mtime) for file in Path(logdir).rglob("*tfevents*")))
     runs: dict[str, dict[str, Curve]] = {}
     for directory in sorted(written, key=lambda run: (written[run], run)):
         events = EventAccumulator(str(directory), size_guidance={SCALARS: 0})  # 0: all of them
         events.Reload()
-        scalars = {tag: events.Scalars(tag) for tag in events.Tags()[SCALARS]}
-        curves: dict[str, Curve] = {
-            tag: ([one.step for one in curve], [one.value for one in curve]) for tag, curve in scalars.items()
-        }
+        curves: dict[str, Curve] = {}
+        for tag in events.Tags()[SCALARS]:
+            points = events.Scalars(tag)
+            curves[tag] = ([one.step for one in points], [one.value for one in points])
         if tags.DESCRIPTIONS.keys() & curves.keys():
             runs[directory.relative_to(logdir).as_posix()] = curves
     return runs
@@ -70,7 +64,7 @@ def summary_table(curves: Mapping[str, Curve]) -> str:
             continue
         _, values = curves[tag]
         ends = [_number(curves[end][1][-1]) for end in tags.interval(tag) if end in curves]
-        ratio = curves.get(_RATIOS.get(tag, ""))
+        ratio = curves.get(tags.RATIOS.get(tag, ""))
         rows.append(
             (
                 tag.removeprefix("sharpness/"),
@@ -101,9 +95,8 @@ def verdict(curves: Mapping[str, Curve]) -> str:
         >>> verdict({"sharpness/edge_ratio_directional": (steps, [0.9, 1.0, 1.1]), "sharpness/phase": ([200], [1.0])})
         'At the edge: directional edge ratio = 1.00 [0.75, 1.25] over the last 3 measurements'
     """
-    name, tag = "directional", tags.EDGE_RATIO_DIRECTIONAL
-    if tag not in curves:
-        name, tag = "FullBS", tags.EDGE_RATIO_FULL_BS
+    judged = tags.DIRECTIONAL if tags.EDGE_RATIO_DIRECTIONAL in curves else tags.FULL_BS
+    name, tag = judged.removeprefix("sharpness/"), tags.RATIOS[judged]
     if tag not in curves:
         return "No verdict: no edge ratio was logged"
     ratios = curves[tag][1][-_WINDOW:]
