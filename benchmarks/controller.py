@@ -51,7 +51,10 @@ def table(rates: Iterable[float] = RATES, seeds: Iterable[int] = range(5)) -> st
     rows = ["| lr | seed | alone | steered |", "|---|---|---|---|"]
     for rate in rates:
         for seed in seeds:
-            steering = LearningRateRescaler(target_edge_ratio=0.5), SharpnessMonitor(2, num_batches=6)
+            steering = (
+                LearningRateRescaler(target_edge_ratio=0.5),
+                SharpnessMonitor(every_n_train_steps=2, num_batches=6),
+            )
             losses = [final_loss(rate, seed), final_loss(rate, seed, *steering)]
             cells = " | ".join(f"{loss:.4f}" if math.isfinite(loss) else "diverged" for loss in losses)
             rows.append(f"| {rate} | {seed} | {cells} |")

@@ -18,11 +18,11 @@ from lightning_eoss.curvature.batches import DatasetSource, full_batch, random_b
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Sequential
 from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.seeds import derived_seed
-from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.curvature.seeds import Use, derived_seed
+from lightning_eoss.curvature.solver import COLD, Plan, Solver
 from lightning_eoss.isolation.isolate import isolated
 from lightning_eoss.linalg.lanczos import lanczos
-from lightning_eoss.measurements.sharpness import measure
+from lightning_eoss.measurements.sharpness import sharpness
 
 BATCH, SAMPLES = 32, 2048
 
@@ -82,7 +82,7 @@ def measured(setting: Setting, moments: tuple[int, ...] = (20, 200), *, batches:
     train(300)
     source = DatasetSource(torch.utils.data.TensorDataset(inputs, targets))
     plan = Plan(BATCH, num_batches=batches, rel_error=0.05, full_batch_samples=None)
-    warm, done = WarmStart(), 0
+    warm, done = COLD, 0
     for stream, moment in enumerate((0, *moments)):
         train(moment - done)
         done = moment
@@ -90,9 +90,9 @@ def measured(setting: Setting, moments: tuple[int, ...] = (20, 200), *, batches:
             objective = Objective(model, lambda batch: loss_of(model, *batch), source, isolation)
             findings = preflight(objective, BATCH)
             if moment == 0:
-                _, warm = measure(objective, plan, findings, WarmStart(), stream=stream, mini=False)
+                _, warm = sharpness(Solver(objective, plan, findings, stream=stream), mini=False)
                 continue
-            found, now = measure(objective, plan, findings, warm, stream=stream)
+            found, now = sharpness(Solver(objective, plan, findings, stream=stream), warm)
             assert now.top is not None
             true, full = reference(objective, plan, now.top, len(found.plain.values), stream)
         errors = torch.tensor(found.plain.values).double() / true - 1
@@ -111,8 +111,8 @@ def measured(setting: Setting, moments: tuple[int, ...] = (20, 200), *, batches:
 
 
 def reference(objective: Objective, plan: Plan, top: Tensor, count: int, stream: int) -> tuple[Tensor, float]:
-    """lambda_max of the batches that `measure` drew, and FullBS, to residuals of 0.1 %."""
-    stream_of = random_batches(objective.source, BATCH, seed=derived_seed(plan.seed, 3, stream))
+    """lambda_max of the batches that `sharpness` drew, and FullBS, to residuals of 0.1 %."""
+    stream_of = random_batches(objective.source, BATCH, seed=derived_seed(plan.seed, Use.MINI_BATCHES, stream))
     drawn = list(islice(stream_of, count))
     noise = torch.randn(1, len(top), generator=torch.Generator().manual_seed(7)).to(top)
     start = top + 0.3 * noise / noise.norm()

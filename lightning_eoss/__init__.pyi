@@ -2,14 +2,15 @@ from lightning_eoss.callbacks.gradient_noise import GradientNoiseMonitor as Grad
 from lightning_eoss.callbacks.injector import GradientNoiseInjector as GradientNoiseInjector
 from lightning_eoss.callbacks.rescaler import LearningRateRescaler as LearningRateRescaler
 from lightning_eoss.callbacks.sharpness import SharpnessMonitor as SharpnessMonitor
-from lightning_eoss.callbacks.spectral_learning_rate import LearnedRates as LearnedRates
 from lightning_eoss.callbacks.spectral_learning_rate import SpectralLearningRate as SpectralLearningRate
 from lightning_eoss.callbacks.spectrum import SpectralDensityMonitor as SpectralDensityMonitor
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor as WeightDistanceMonitor
 from lightning_eoss.curvature.solver import Eigenvalue as Eigenvalue
 from lightning_eoss.linalg.density import SpectralDensity as SpectralDensity
 from lightning_eoss.measurements.gradient_noise import GradientNoise as GradientNoise
+from lightning_eoss.measurements.gradient_noise import measure_gradient_noise as measure_gradient_noise
 from lightning_eoss.measurements.potential import RandomPotential as RandomPotential
+from lightning_eoss.measurements.potential import measure_random_potential as measure_random_potential
 from lightning_eoss.measurements.potential import random_potential as random_potential
 from lightning_eoss.measurements.prediction import Prediction as Prediction
 from lightning_eoss.measurements.prediction import SharpnessPrediction as SharpnessPrediction
@@ -20,6 +21,7 @@ from lightning_eoss.measurements.spectrum import Spectra as Spectra
 from lightning_eoss.measurements.spectrum import measure_spectra as measure_spectra
 from lightning_eoss.metrics import MiniBatchSharpness as MiniBatchSharpness
 from lightning_eoss.theory.random_walk import DistanceLaws as DistanceLaws
+from lightning_eoss.theory.scaling import LearnedRates as LearnedRates
 from lightning_eoss.theory.stability import NoLimits as NoLimits
 from lightning_eoss.theory.stability import StabilityLimits as StabilityLimits
 from lightning_eoss.theory.stability import register_stability_limits as register_stability_limits

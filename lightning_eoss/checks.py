@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -62,23 +63,28 @@ def batch_size_of_data(batch_size: int, num_samples: int) -> None:
         )
 
 
-def settings(
-    *,
-    rel_error: float = 0.05,
-    num_batches: int = 1,
-    full_batch_samples: int | None = None,
-    seed: int = 0,
-    tol: float | None = None,
-    batch_size: int | None = None,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
-) -> None:
-    """Refuses settings that several measurements have in common; those that are not given pass."""
-    whole("batch_size", batch_size, 1, "must be positive, or None for training's own.", none=True)
-    loss_function(loss_fn)
-    interval = "must be positive: it is the half-width of MiniBS's interval, relative."
-    number("rel_error", rel_error, interval, above=0)
-    number("tol", tol, "must be positive, or None for 0.5 rel_error: it is a relative residual.", above=0, none=True)
-    whole("num_batches", num_batches, 1, "must be at least 1: MiniBS is a mean over mini-batches.")
-    whole("seed", seed, 0, "must not be negative: it seeds numpy's SeedSequence.")
-    everything = "must be positive, or None to measure FullBS on all samples."
-    whole("full_batch_samples", full_batch_samples, 1, everything, none=True)
+def arguments(**given: Any) -> None:
+    """Refuses arguments that several functions have in common, by their names; looks at those that are given."""
+    for name, value in given.items():
+        _ARGUMENTS[name](name, value)
+
+
+_ARGUMENTS: dict[str, Callable[[str, Any], None]] = {
+    "batch_size": partial(whole, least=1, words="must be positive, or None for training's own.", none=True),
+    "loss_fn": lambda _, value: loss_function(value),
+    "rel_error": partial(
+        number, words="must be positive: it is the half-width of MiniBS's interval, relative.", above=0
+    ),
+    "tol": partial(
+        number, words="must be positive, or None for 0.5 rel_error: it is a relative residual.", above=0, none=True
+    ),
+    "num_batches": partial(whole, least=1, words="must be at least 1: MiniBS is a mean over mini-batches."),
+    "seed": partial(whole, least=0, words="must not be negative: it seeds numpy's SeedSequence."),
+    "full_batch_samples": partial(
+        whole, least=1, words="must be positive, or None to measure FullBS on all samples.", none=True
+    ),
+    **dict.fromkeys(
+        ("steps", "num_probes", "augmented_passes"),
+        partial(whole, least=1, words="must be at least 1: nothing would be measured."),
+    ),
+}

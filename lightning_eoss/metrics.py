@@ -46,7 +46,7 @@ class MiniBatchSharpness(Metric):
     moments: Tensor  # (6,) float64, see `theory.statistics.moments`
     num_dropped: Tensor  # () int64
 
-    def __init__(self, control_mean: float | None = None, confidence: float = 0.95, **kwargs: Any) -> None:
+    def __init__(self, *, control_mean: float | None = None, confidence: float = 0.95, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.control_mean = control_mean
         self.confidence = confidence

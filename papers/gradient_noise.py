@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
+from batch_noise import regression_noise, two_layer_polynomials
 from common import FAINT, Picture, main
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
-from lightning_eoss.theory.gradient_noise import regression_noise, sampling_factor, two_layer_polynomials
+from lightning_eoss.theory.gradient_noise import sampling_factor
 
 COLORS = (VERMILLION, GREEN, BLUE, INK)
 SIZES = (4, 16, 64, 256)

@@ -29,11 +29,10 @@ from lightning_eoss import (
     predict_sharpness,
 )
 from lightning_eoss.curvature.batches import random_batches
-from lightning_eoss.curvature.gauss_newton import curvature_of, ntk
-from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.curvature.solver import Plan
 from lightning_eoss.demo import digits
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank, spectrum_figure
-from lightning_eoss.measurements.prediction import predict
+from lightning_eoss.measurements.prediction import prediction
 from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.theory.random_matrix import (
     fit_batch_size_curve,
@@ -43,6 +42,7 @@ from lightning_eoss.theory.random_matrix import (
     wigner_outlier,
 )
 from lightning_eoss.theory.statistics import mean_estimate, moments
+from tangent_kernel import ntk
 
 LEGEND = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
 BATCH_SIZE = 128  # theirs
@@ -246,13 +246,8 @@ def predicted_in_groups(model: nn.Module, data: TensorDataset, batch_size: int) 
 
     Their products are not stacked as those of the Hessian are, so single samples take long.
     """
-    with standalone(model, cross_entropy, data, batch_size=batch_size) as (objective, findings):
-        given = {
-            "batch_sizes": [batch_size],
-            "group_size": 8,
-            "curvature": curvature_of("ggn", None, objective, batch_size),
-        }
-        return predict(objective, Plan(batch_size), findings, WarmStart(), **given)
+    with standalone(model, cross_entropy, data, Plan(batch_size), operator="ggn") as solver:
+        return prediction(solver, batch_sizes=[batch_size], group_size=8)
 
 
 def figure_6(effort: Effort, data: TensorDataset, point: Point, operator: str) -> tuple[object, str]:
@@ -427,10 +422,10 @@ def figure_17(effort: Effort, data: TensorDataset) -> tuple[object, str]:
                         model, half_squared_error, data, batch_size=size, num_batches=effort.batches
                     ).mini_batch
                 )
-                with standalone(model, half_squared_error, data, batch_size=size) as (objective, _):
-                    batches = random_batches(objective.source, size, seed=step)
+                with standalone(model, half_squared_error, data, Plan(size)) as solver:
+                    batches = random_batches(solver.objective.source, size, seed=step)
                     tops = [
-                        torch.linalg.eigvalsh(ntk(objective, next(batches), outputs_and_loss))[-1]
+                        torch.linalg.eigvalsh(ntk(solver.objective, next(batches), outputs_and_loss))[-1]
                         for _ in range(effort.kernel_batches)
                     ]
                 kernel.append(mean_estimate(moments(torch.stack(tops))))

@@ -26,7 +26,7 @@ from common import FAINT, Picture, classes, main, of_model, quiet_trainer
 from lightning_eoss.callbacks.weights import WeightDistanceMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.display.figures import BLUE, GREEN, GREY, INK, VERMILLION, blank
-from lightning_eoss.measurements.potential import RandomPotential, random_potential
+from lightning_eoss.measurements.potential import RandomPotential, measure_random_potential
 from lightning_eoss.theory.random_walk import SINCE, DistanceLaws
 
 COLORS = (BLUE, GREEN, VERMILLION, INK)
@@ -95,7 +95,7 @@ def walk(effort: Effort, data: TensorDataset, batch_size: int, learning_rate: fl
     seen = monitor.history
     angles = [each[tags.WEIGHTS_ANGLE] for each in seen if each["step"] >= SINCE]
     steps = [int(each["step"]) for each in seen]
-    return Walk(steps, [each[tags.WEIGHTS_DISTANCE] for each in seen], monitor.laws, float(np.median(angles)))
+    return Walk(steps, [each[tags.WEIGHTS_DISTANCE] for each in seen], monitor.latest, float(np.median(angles)))
 
 
 def distance_figure(effort: Effort, data: TensorDataset) -> tuple[object, str, float]:
@@ -143,7 +143,7 @@ def potential_figure(effort: Effort, data: TensorDataset, farthest: float) -> tu
     ratios, texts = {}, {}
     with blank(10, 5.6) as figure:
         for axes, (norm, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-            found: RandomPotential = random_potential(
+            found: RandomPotential = measure_random_potential(
                 network(norm=norm), cross_entropy, data, distances=distances, num_directions=effort.directions
             )
             z, line = np.array(found.distances), found.taylor_slope * np.array(found.distances)

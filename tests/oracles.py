@@ -1,16 +1,25 @@
 """What is too dear or too special for the package, to compare it with: all eigenvalues, gradients, covariances."""
 
+from itertools import islice
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_eoss.curvature.batches import Batch, Part, split
-from lightning_eoss.curvature.gauss_newton import OutputsFn, jacobian
+from lightning_eoss.curvature.batches import Batch, Part, random_batches, split
+from lightning_eoss.curvature.gauss_newton import OutputsFn
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import gradient_graph
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
-from lightning_eoss.theory.gradient_noise import Noise, batch_gradient_covariance
+from lightning_eoss.curvature.seeds import Use
+from lightning_eoss.curvature.solver import Solver
+from lightning_eoss.measurements.variance import sample_variance
+from lightning_eoss.theory.gradient_noise import Noise
+from lightning_eoss.theory.statistics import Estimate, mean_estimate, moments
+from papers.batch_noise import batch_gradient_covariance
+from papers.tangent_kernel import jacobian
 
 
 def gauss_newton_eigenvalues(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
@@ -119,3 +128,28 @@ def injected_covariance(noise: Noise, batch_size: int, rows: Tensor) -> NDArray[
     full = batch_gradient_covariance(rows.numpy(), batch_size)
     diagonal = np.diag(full.diagonal())
     return {"full": full, "diagonal": diagonal, "isotropic": np.eye(len(full)) * full.trace() / len(full)}[noise]
+
+
+def independent_hessian_variance(
+    solver: Solver, *, batch_size: int, num_batches: int, num_probes: int = 10, direction: Tensor | None = None
+) -> Estimate:
+    """What `hessian_variance` estimates, from batches that are each drawn from all samples."""
+    source, variances = solver.objective.source, []
+    factor = sample_hessian_factor(batch_size, source.num_samples, "independent")
+    for number in range(num_probes):
+        probe = solver.random_starts(1)[0] if direction is None else direction
+        drawn = random_batches(source, batch_size, seed=solver.seed(Use.HESSIAN_VARIANCE, number))
+        variances.append(factor * sample_variance(solver, list(islice(drawn, num_batches)), probe, direction))
+    return mean_estimate(moments(torch.stack(variances)))
+
+
+def sample_hessian_factor(batch_size: int, dataset_size: int, sampling: Literal["disjoint", "independent"]) -> float:
+    """What the variance between batches is multiplied by to give that between samples.
+
+    1 / (1/B - 1/N) for independent batches. Disjoint ones vary more, because they avoid each other: B.
+
+    Example:
+        >>> sample_hessian_factor(8, 40, "independent"), sample_hessian_factor(8, 40, "disjoint")
+        (10.0, 8.0)
+    """
+    return float(batch_size) if sampling == "disjoint" else 1 / (1 / batch_size - 1 / dataset_size)

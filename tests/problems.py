@@ -238,7 +238,7 @@ def solver_of(model: nn.Module, loss_fn: Any, data: Any, *, seed: int = 0, **opt
         curvature = curvature_of(objective=objective, batch_size=4, **options) if options else HESSIAN
         generator = torch.Generator().manual_seed(seed)
         plan = Plan(2, full_batch_samples=None, seed=seed)
-        yield Solver(objective, plan, preflight(objective, 2), generator, curvature=curvature)
+        yield Solver(objective, plan, preflight(objective, 2), curvature=curvature, generator=generator)
 
 
 def random_symmetric(num_rows: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

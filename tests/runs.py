@@ -18,7 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_eoss
 from lightning_eoss import SharpnessMonitor
 
-OURS = ("sharpness/", "prediction/", "spectrum/", "learning_rate/", "gradient_noise/", "weights/", "cost/")
+OURS = (
+    "sharpness/",
+    "prediction/",
+    "spectrum/",
+    "learning_rate/",
+    "gradient_noise/",
+    "weights/",
+    "cost/",
+    "full_batch/",
+)
 
 
 class Regressor(LightningModule):
@@ -113,6 +122,17 @@ def seeded(seed: int = 0) -> None:
 def generators() -> dict[str, Any]:
     """The states of the global generators."""
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def applied_rates(trainer: Any) -> list[float]:
+    """The learning rates that a step takes, one for each parameter group, whether they are covered just now or not."""
+    rates = []
+    overlays = [each.overlay for each in trainer.callbacks if hasattr(each, "overlay")]
+    for optimizer in trainer.optimizers:
+        applied = [each.applied for each in overlays if each.optimizer is optimizer]
+        own = [group["lr"] for group in optimizer.param_groups]
+        rates += [float(rate) for rate in (applied[0] if applied else own)]
+    return rates
 
 
 def state_of(trainer: Any) -> dict[str, Any]:

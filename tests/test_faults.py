@@ -110,7 +110,7 @@ def test_a_first_measurement_ends_only_a_training_that_has_hardly_begun(tmp_path
         """A minute later."""
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            watch._watch.began -= 61
+            watch.watch.began -= 61
 
     with pytest.raises(RuntimeError, match="on purpose") as raised:
         run(tmp_path / "early", Faulty(fault), monitor())

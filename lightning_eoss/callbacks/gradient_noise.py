@@ -5,24 +5,24 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.seeds import derived_seed
-from lightning_eoss.curvature.solver import Plan, Solver
-from lightning_eoss.display import page, tags
+from lightning_eoss.curvature.solver import WarmStart
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import write_noise
 from lightning_eoss.display.scalars import noise_scalars
 from lightning_eoss.measurements.gradient_noise import GradientNoise, gradient_noise
-from lightning_eoss.training.data import check_chosen_batch_size
-from lightning_eoss.training.monitor import Monitor
-from lightning_eoss.training.plan import full_samples, pass_seconds
-from lightning_eoss.training.watch import now
+from lightning_eoss.training.monitor import Look, Monitor
+from lightning_eoss.training.plan import Prospect, cut_full, full_samples, pass_seconds
+from lightning_eoss.training.watch import Picture
 
 _PASSES = 60  # over the full batch, products or what takes as long, of one measurement
+_NO_SAMPLES = (
+    "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, class weights, "
+    "fewer than three samples), so single samples have no gradients: the variance of the batch gradient is measured "
+    "and not predicted, and there are no noise scales."
+)
 
 
 class GradientNoiseMonitor(Monitor):
@@ -71,6 +71,7 @@ class GradientNoiseMonitor(Monitor):
 
     def __init__(
         self,
+        *,
         every_n_train_steps: int | None = None,
         overhead: float | None = None,
         max_seconds: float = 60.0,
@@ -83,67 +84,41 @@ class GradientNoiseMonitor(Monitor):
         seed: int = 0,
     ) -> None:
         checks.whole("num_batches", num_batches, 2, "must be at least 2: one batch has no variance.")
-        given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
-        super().__init__(("noise",), *given, num_samples=num_samples, page=page.write_page)
-        self.num_batches = num_batches
-        self.last: GradientNoise | None = None  # what was measured last
-
-    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
-        """Measures and shows it."""
-        stream = trainer.global_step
-        with self._watch.objective(trainer, pl_module, batch_idx) as (objective, _):
-            if self._plan is None:
-                self._prepare(trainer, objective)
-                if self._plan is None or not self._due_now(trainer, now(pl_module) - arrived):
-                    return
-            assert self._findings is not None
-            size, parts = self._watch.step_size(trainer, self.batch_size)
-            plan = self._watch.within(replace(self._plan, batch_size=size, parts=parts), self._findings, objective)
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, 15, stream))
-            self.last = gradient_noise(
-                Solver(objective, plan, self._findings, generator),
-                None if self.last is None else self.last.warm,
-                num_batches=plan.num_batches,
-                stream=stream,
-            )
-        self._agenda.charge("noise", self.last.seconds)
-        self._shown = True
-        self._watch.publish(trainer, self, noise_scalars(self.last), partial(write_noise, noise=self.last))
-
-    def _prepare(self, trainer: Any, objective: Objective) -> None:
-        """Finds out what the loss allows and what a measurement costs, and says so."""
-        data = self._watch.data
-        assert data is not None
-        check_chosen_batch_size(self.batch_size, data)
-        size, parts = self._watch.step_size(trainer, self.batch_size)
-        checks.batch_size_of_data(size, data.source.num_samples)
-        findings = preflight(objective, size, parts=parts, seed=self.seed)
-        for warning in findings.warnings:
-            self._watch.say(warning)
-        if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
-            return
-        if findings.reduction != "mean":
-            self._watch.say(
-                "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, "
-                "class weights, fewer than three samples), so single samples have no gradients: the variance of the "
-                "batch gradient is measured and not predicted, and there are no noise scales."
-            )
-        full_batch_samples = data.batches_of(self.full_batch_samples)
-        plan = Plan(
-            size, parts, full_batch_samples=full_batch_samples, seed=self.seed, memory_bytes=objective.cache.limit
+        super().__init__(
+            "noise",
+            every_n_train_steps=every_n_train_steps,
+            overhead=overhead,
+            max_seconds=max_seconds,
+            batch_size=batch_size,
+            full_batch_samples=full_batch_samples,
+            loss_fn=loss_fn,
+            dataloader=dataloader,
+            num_samples=num_samples,
+            seed=seed,
         )
+        self.num_batches = num_batches
+
+    def foresee(self, look: Look) -> Prospect:
+        """The full batch and the batches, in three parts and one of the time."""
+        plan, findings, total = look.solver.plan, look.solver.findings, look.data.source.num_samples
         # At four other batch sizes there are as many samples to load, or once more those of the full batch.
-        batch_seconds = findings.seconds + 3 * size * parts * findings.loading
+        batch_seconds = findings.seconds + 3 * plan.step_size * findings.loading
         count = max(2, min(self.num_batches, round(self.max_seconds / 4 / batch_seconds)))
-        full = full_samples(plan, data.source.num_samples)
+        full = full_samples(plan, total)
         dear = pass_seconds(plan, findings, full, _PASSES) + 2 * full * findings.loading
-        kept = max(size * parts, round(full * min(1.0, 0.75 * self.max_seconds / dear)))
-        self._findings = findings
-        self._plan = replace(plan, num_batches=count, full_batch_samples=kept)
-        seconds = dear * kept / full + count * batch_seconds
-        self._agenda.expect({"noise": seconds})
-        what = f"gradient noise of {kept:,} of {data.source.num_samples:,} samples and of {count} batches"
-        notes = [f"{what} of {size * parts}", f"about {seconds:.2g} s"]
-        if data.sampler is not None:
+        plan, seconds = cut_full(replace(plan, num_batches=count), total, dear, 0.75 * self.max_seconds)
+        seconds += count * batch_seconds
+        what = f"gradient noise of {plan.full_batch_samples:,} of {total:,} samples and of {count} batches"
+        notes = [f"{what} of {plan.step_size}", f"about {seconds:.2g} s"]
+        if look.data.sampler is not None:
             notes.append("the sampler is not uniform, the batches are")
-        self._watch.announce(notes)
+        return Prospect(plan, {"noise": seconds}, notes, [] if findings.reduction == "mean" else [_NO_SAMPLES])
+
+    def measure(self, look: Look) -> GradientNoise:
+        """The noise at these weights; the top eigenvector is followed from the last one."""
+        warm = WarmStart() if self.latest is None else self.latest.warm
+        return gradient_noise(look.solver, warm, num_batches=look.solver.plan.num_batches)
+
+    def show(self, trainer: Any, result: GradientNoise) -> tuple[dict[str, float], list[Picture]]:
+        """Scalars, and the variance against the batch size."""
+        return noise_scalars(result), [partial(write_noise, noise=result)]

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_eoss import checks
 from lightning_eoss.curvature.batches import Part, full_batch
 from lightning_eoss.curvature.memory import out_of_memory
-from lightning_eoss.curvature.objective import LOADING, Objective
-from lightning_eoss.curvature.operators import gradient_graph, unflattened
+from lightning_eoss.curvature.objective import Objective, unflattened, while_loading
+from lightning_eoss.curvature.operators import gradient_graph
 from lightning_eoss.curvature.per_sample import is_mean, sample_gradients
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.seeds import Use, derived_seed
 from lightning_eoss.theory.gradient_noise import Noise, gradient_with_noise
 from lightning_eoss.training.probe import only_optimizer, refuse, refuse_frozen, trains_nothing, usual_parts
 from lightning_eoss.training.watch import Watch
@@ -78,6 +78,7 @@ class GradientNoiseInjector(Callback):
 
     def __init__(
         self,
+        *,
         noise: Literal["full", "diagonal", "isotropic", "multiplicative", "none"] = "full",
         batch_size: int | None = None,
         full_batch_samples: int | None = None,
@@ -88,20 +89,20 @@ class GradientNoiseInjector(Callback):
     ) -> None:
         kinds = get_args(Noise)
         checks.one_of("noise", noise, (*kinds, "none"), f"choose one of {', '.join(kinds)} or none.")
-        checks.settings(full_batch_samples=full_batch_samples, seed=seed, batch_size=batch_size, loss_fn=loss_fn)
+        checks.arguments(batch_size=batch_size, loss_fn=loss_fn, seed=seed, full_batch_samples=full_batch_samples)
         self.noise = noise
         self.batch_size = batch_size
         self.full_batch_samples = full_batch_samples
         self.seed = seed
-        self._watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples)
+        self.watch = Watch(type(self).__name__, loss_fn, dataloader, full_batch_samples, num_samples)
         self._began = False
         self._batch_idx = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be evaluated a second time, and forgets an earlier fit's data."""
         if stage == "fit":
-            refuse(trainer, pl_module, type(self).__name__, loss_fn=self._watch.loss_fn)
-            self._watch.data, self._began = None, False
+            refuse(trainer, pl_module, type(self).__name__, loss_fn=self.watch.loss_fn)
+            self.watch.data, self._began = None, False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses optimizers whose gradient is not what they step on."""
@@ -124,8 +125,8 @@ class GradientNoiseInjector(Callback):
         if trains_nothing(trainer):  # SWA ends with a step on no gradient at all
             return
         with (
-            self._watch.forgiving(first=True, vital=True),  # a step on another gradient would go unnoticed
-            self._watch.objective(trainer, pl_module, self._batch_idx) as (objective, _),
+            self.watch.forgiving(first=True, vital=True),  # a step on another gradient would go unnoticed
+            self.watch.objective(trainer, pl_module, self._batch_idx) as objective,
         ):
             gradient = self._gradient(trainer, objective)
         pieces = unflattened(gradient, objective.parameters)
@@ -135,10 +136,11 @@ class GradientNoiseInjector(Callback):
 
     def _gradient(self, trainer: Any, objective: Objective) -> Tensor:
         """(P,) what the step goes by."""
-        data, step = self._watch.data, trainer.global_step
+        data, step = self.watch.data, trainer.global_step
         assert data is not None
         chunks = full_batch(data.source, data.batch_size, max_samples=self.full_batch_samples, seed=self.seed)
-        parts = [replace(each, seed=derived_seed(self.seed, 1, step, number)) for number, each in enumerate(chunks)]
+        seeds = (derived_seed(self.seed, Use.INJECTED_CHUNKS, step, number) for number in range(len(chunks)))
+        parts = [replace(each, seed=seed) for each, seed in zip(chunks, seeds, strict=True)]
         count = sum(part.size for part in parts)
         size = self.batch_size or min(count, data.source.size(range(data.batch_size)) * usual_parts(trainer))
         at_once = max(1, _ENTRIES // objective.num_parameters)
@@ -149,7 +151,7 @@ class GradientNoiseInjector(Callback):
             terms = (part.weight * gradient_graph(objective, part, create_graph=False).gradient for part in parts)
             return sum(terms, torch.zeros(()))
         gradients = (rows for part in parts for rows in sample_gradients(objective, part, at_once))
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, 2, step))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, Use.INJECTED_NOISE, step))
         mean, noise = gradient_with_noise(gradients, count, noise=self.noise, batch_size=size, generator=generator)
         return mean + noise
 
@@ -157,9 +159,9 @@ class GradientNoiseInjector(Callback):
         """Says what is going to be done, and whether samples have gradients of their own."""
         what = f"this changes training: each step goes by the gradient of {count:,} samples"
         if self.noise == "none":
-            self._watch.announce([f"{what}, without noise"])
+            self.watch.announce([f"{what}, without noise"])
             return
-        self._watch.announce([f"{what}, with {self.noise} noise as of {size}"])
+        self.watch.announce([f"{what}, with {self.noise} noise as of {size}"])
         needs = f"{type(self).__name__}(noise={self.noise!r}) needs the gradient of each single sample"
         mean, square, seen = torch.zeros(()), torch.zeros(()), 0
         try:
@@ -167,7 +169,7 @@ class GradientNoiseInjector(Callback):
                 mean, square = mean + rows.sum(0) / part.size, square + rows.square().sum() / part.size
                 seen += len(rows)
         except Exception as error:
-            if out_of_memory(error) or LOADING in getattr(error, "__notes__", ()):
+            if out_of_memory(error) or while_loading(error):
                 raise
             raise MisconfigurationException(
                 f"{needs}, and a batch of one has no loss here (BatchNorm in train mode takes none): {error} "
@@ -179,7 +181,7 @@ class GradientNoiseInjector(Callback):
                 "length. Pass dataloader= as a DataLoader over a map-style data set."
             )
         if not is_mean(mean, gradient_graph(objective, part, create_graph=False).gradient, square):
-            self._watch.say(
+            self.watch.say(
                 "the gradients of single samples do not average to that of their batch (BatchNorm in train mode, a "
                 "loss that is no mean over samples), so steps go by their mean, not by the batch's gradient. "
                 "Use noise='none', or pass loss_fn=, the mean over samples of a loss that each has alone."

@@ -2,23 +2,26 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 
 from lightning_eoss import checks
-from lightning_eoss.display import page, tags
-from lightning_eoss.theory.control import CurvePoint, Reading, batch_factor, limit_rate, saturation, steer
+from lightning_eoss.display import tags
+from lightning_eoss.theory import control
+from lightning_eoss.theory.control import Decision, RateSettings, RateState, Reading
 from lightning_eoss.theory.optimizers import PLAIN
-from lightning_eoss.theory.scaling import Rule, scaling_rule
-from lightning_eoss.theory.statistics import scaled
+from lightning_eoss.theory.scaling import largest_rate, scaling_rule
 from lightning_eoss.training import rates
+from lightning_eoss.training.monitor import Publisher
 from lightning_eoss.training.probe import logging_step, step_parts, steps_now
 from lightning_eoss.training.watch import Watch
 
+_YOUNG = 10  # steps until an adaptive optimizer's limits say something: the first gradient's are ten times too low
 
-class LearningRateRescaler(Callback):
+
+class LearningRateRescaler(Publisher):
     r"""Rescales the learning rate when the batch size changes, and keeps it below the edge where one is measured.
 
     This changes training. The rate of a step is
@@ -82,6 +85,7 @@ class LearningRateRescaler(Callback):
 
     def __init__(
         self,
+        *,
         rule: Literal["auto", "linear", "sqrt"] = "auto",
         base_batch_size: int | None = None,
         max_edge_ratio: float | None = None,
@@ -97,50 +101,20 @@ class LearningRateRescaler(Callback):
         num_samples: int | Callable[[Any], int] | None = None,
     ) -> None:
         checks.one_of("rule", rule, ("auto", "linear", "sqrt"), "use 'linear', 'sqrt', or 'auto' for the optimizer's.")
-        checks.one_of("judged_on", judged_on, ("directional", "MiniBS"), "use 'directional' or 'MiniBS'.")
         first = "must be positive, or None for the batch size of the first step."
         checks.whole("base_batch_size", base_batch_size, 1, first, none=True)
-        checks.whole("cool_down", cool_down, 0, "must be a number of steps; 0 is none.")
-        checks.whole("warm_up", warm_up, 0, "must be a number of steps; 0 is none.", none=True)
-        _check_limits(max_edge_ratio, target_edge_ratio, dead_band, max_change, min_scale, max_scale)
-        self.rule = rule
-        self.base_batch_size = base_batch_size
-        self.max_edge_ratio = max_edge_ratio
-        self.target_edge_ratio = target_edge_ratio
-        self.judged_on = judged_on
-        self.dead_band = dead_band
-        self.max_change = max_change
-        self.cool_down = cool_down
-        self.warm_up = warm_up
-        self.min_scale = min_scale
-        self.max_scale = max_scale
-        self.dry_run = dry_run
-        self._watch = Watch(type(self).__name__, num_samples=num_samples, page=page.write_page)
+        self.rule, self.base_batch_size, self.dry_run = rule, base_batch_size, dry_run
+        self.max_edge_ratio, self.target_edge_ratio, self.judged_on = max_edge_ratio, target_edge_ratio, judged_on
+        self.dead_band, self.max_change, self.cool_down, self.warm_up = dead_band, max_change, cool_down, warm_up
+        self.min_scale, self.max_scale = min_scale, max_scale
+        self._settings = self._asked()
+        self.watch = Watch(type(self).__name__, num_samples=num_samples)
         self._overlay = rates.Overlay(self._scale)
-        self._monitor: Any = None
-        self._forget()
+        self._state = RateState()
 
-    def _forget(self) -> None:
-        """Nothing has been seen."""
-        self._step_size = rates.StepSize(self._watch.count)
-        # What checkpoints hold.
-        self._base: float | None = None  # batch size that the schedule's rates are meant for
-        self._size: float | None = None  # batch size now
-        self._batch_factor = 1.0
-        self._control = 1.0  # the controller's factor
-        self._changed: int | None = None  # step at which a measurement changed the rate last
-        self._limit = math.inf  # of the schedule's rate times the controller's factor
-        # Step and edge ratio, by the rate that it was measured at; of MiniBS also b and the number of samples.
-        self._full: tuple[int, float] | None = None
-        self._mini: tuple[int, float, int, int] | None = None
-        # What is of one fit.
-        self._stepped: tuple[int, float] | None = None  # the step at hand, and the largest rate that it would take
-        self._used = -1  # step of the last measurement considered
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """What was logged, oldest first, each with its `step`; thinned above 10,000."""
-        return self._watch.history
+    def _asked(self) -> RateSettings:
+        """What the attributes ask for."""
+        return RateSettings(**{each.name: getattr(self, each.name) for each in fields(RateSettings)})
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -162,9 +136,7 @@ class LearningRateRescaler(Callback):
                 f"{name} and SpectralLearningRate are both in this Trainer: one learns the rate anew at each "
                 "batch size, the other would multiply it by the rule once more. Leave one, or set dry_run=True for one."
             )
-        if trainer.global_step == 0:  # another Trainer; a checkpoint is loaded later
-            self._forget()
-        measuring = [each for each in trainer.callbacks if isinstance(getattr(each, "latest", 0), Reading | None)]
+        measuring = [each for each in trainer.callbacks if isinstance(getattr(each, "reading", 0), Reading | None)]
         measuring.sort(key=lambda each: getattr(each, "batch_size", None) is not None)  # that of steps comes first
         self._monitor = measuring[0] if measuring else None
         for argument in ("max_edge_ratio", "target_edge_ratio"):
@@ -173,13 +145,15 @@ class LearningRateRescaler(Callback):
                     f"{name}({argument}={getattr(self, argument)}) has nobody to measure an edge ratio, so it would "
                     "never act. Add a SharpnessMonitor() to the callbacks, or leave the argument out."
                 )
+        if trainer.global_step == 0:  # another Trainer; a checkpoint is loaded later
+            self._state = RateState()
         if not self.dry_run:
-            rates.frame_watchers(trainer, self, self._overlay, self._look_again)
+            rates.frame_watchers(trainer, self, self._overlay, self._follow_and_show)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses optimizers without a rate or without a rule."""
-        self._watch.begin()
-        optimizer = rates.the_optimizer(trainer, type(self).__name__)
+        self.watch.begin()
+        optimizer = rates.optimizer_with_rates(trainer, type(self).__name__)
         if self.rule == "auto":
             try:
                 scaling_rule(optimizer)
@@ -188,60 +162,41 @@ class LearningRateRescaler(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reaches into the optimizer's steps, after a checkpoint has been loaded."""
-        self._step_size, self._stepped, self._used = rates.StepSize(self._watch.count), None, -1
+        self._state = replace(self._state, read=-1)
+        self._step_size = rates.StepSize(self.watch.count)
+        self._taken: tuple[int, float] | None = None  # the step that can be measured, and the largest rate it takes
         self._held: bool | None = None  # whether the limit is what counts
-        self._news = True  # whether there is something to log
-        self._logged = -1  # where it was logged last
+        self._news, self._logged = True, -1  # whether there is something to log, and where that was last
         self._reach(trainer)
 
     def _reach(self, trainer: Any) -> None:
         """Holds on to the optimizer, and to another one where the Trainer has got it meanwhile."""
-        optimizer = rates.the_optimizer(trainer, type(self).__name__)
-        if optimizer is self._overlay.optimizer:
-            return
-        if self.dry_run:
-            self._overlay.optimizer = optimizer
-        else:
-            self._overlay.attach(optimizer)
+        optimizer = rates.optimizer_with_rates(trainer, type(self).__name__)
+        if optimizer is not self._overlay.optimizer:
+            self._overlay.attach(optimizer, dry=self.dry_run)
+            self._settings = self._asked()
+            if self.warm_up is None and not isinstance(optimizer, tuple(PLAIN)):
+                self._settings = replace(self._settings, warm_up=_YOUNG)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Shows those who log once an epoch the rate that is going to be used."""
         self._reach(trainer)
-        if self._size is not None or self.base_batch_size is not None:  # else the first step tells the base
-            self._look_at_batch_size(trainer)
-        if not self.dry_run:
-            self._overlay.apply()
+        if self._state.size is not None or self.base_batch_size is not None:  # else the first step tells the base
+            self._follow_batch_size(trainer)
+        self._overlay.apply()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Follows the batch size, and shows the monitors the rate of the step that comes."""
         self._reach(trainer)
         if self.dry_run:  # callbacks have stayed where they were: the monitor may come later
-            self._look_at_reading(trainer)
-        self._look_at_batch_size(trainer, batch)
-        own = self._overlay.own
-        usual = steps_now(trainer) and step_parts(trainer) >= self._step_size.parts(trainer)
-        if self._monitor is not None and usual:  # a step that the epoch's end cuts short says nothing about the others
-            self._stepped = (trainer.global_step, rates.largest_rate(own) * (1.0 if self.dry_run else self._scale(own)))
+            self._follow_monitor(trainer)
+        self._follow_batch_size(trainer, batch)
+        # A step that the epoch's end cuts short says nothing about the others.
+        if steps_now(trainer) and step_parts(trainer) >= self._step_size.parts(trainer):
+            self._taken = (trainer.global_step, largest_rate(self._overlay.applied))
+        self._overlay.apply()
         if self.dry_run:
-            self._look_again(trainer)
-        else:
-            self._overlay.apply()
-
-    def _look_again(self, trainer: Any) -> None:
-        """Follows what monitors have just measured, for the step that they have measured, and logs the rate."""
-        if self._look_at_reading(trainer) and not self.dry_run:
-            self._overlay.apply()
-        x, every = logging_step(trainer), trainer.log_every_n_steps
-        if self._news or (every and (x + 1) % every == 0 and x != self._logged):  # where LearningRateMonitor logs, too
-            self._news, self._logged = False, x
-            own = self._overlay.own
-            scale = self._scale(own)
-            values = {
-                tags.LEARNING_RATE_APPLIED: float(own[0] * (1.0 if self.dry_run else scale)),
-                tags.LEARNING_RATE_SUGGESTED: float(own[0] * scale),
-                tags.LEARNING_RATE_SCALE: scale,
-            }
-            self._watch.publish(trainer, self, values)
+            self._follow_and_show(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Checkpoints hold the schedule's own rates, even one that is made by a callback that sees the others."""
@@ -260,185 +215,104 @@ class LearningRateRescaler(Callback):
         self._overlay.detach()
         rates.unframe_watchers(trainer, self._overlay)
 
-    # ---- decisions ---------------------------------------------------------------------------------------------------
+    # ---- what is decided is done, said and logged --------------------------------------------------------------------
 
     def _scale(self, own: Sequence[Any]) -> float:
         """The factor to the schedule's own rates."""
-        factor = self._control
-        if self._limit < math.inf:
-            largest = rates.largest_rate(own)
-            factor = min(factor, self._limit / largest) if largest > 0 else factor
-        return self._batch_factor * max(factor, self.min_scale)
+        return control.rate_scale(self._state, self._settings, largest_rate(own))
 
-    def _look_at_batch_size(self, trainer: Any, batch: Any = None) -> None:
+    def _follow_batch_size(self, trainer: Any, batch: Any = None) -> None:
         """Follows the batch size, and notices where the schedule meets the limit."""
-        own = self._overlay.own
-        largest, before = rates.largest_rate(own), self._scale(own)
-        reasons = self._follow_batch_size(trainer, batch)
-        self._say_change(trainer, largest, before, self._scale(own), reasons)
-        held = self._limit < self._control * largest
+        size = self._step_size.samples(trainer, batch)
+        if size is not None and size != self._state.size:
+            assert self._overlay.optimizer is not None
+            rule = scaling_rule(self._overlay.optimizer) if self.rule == "auto" else self.rule
+            self._adopt(
+                trainer, control.resized(self._state, size, rule, step=trainer.global_step, base=self.base_batch_size)
+            )
+        rate = largest_rate(self._overlay.own)
+        held = control.held(self._state, self._settings, rate)
         if self._held is (not held):
-            now = f"held at {largest * self._scale(own):.4g}" if held else "the schedule's own again"
-            limit = f"max_edge_ratio={self.max_edge_ratio} allows {self._limit * self._batch_factor:.4g}"
-            self._say(trainer, f"{'would be' if self.dry_run else 'is'} {now}: {limit}")
+            comes = f"held at {rate * self._scale([rate]):.4g}" if held else "the schedule's own again"
+            allowed = f"{control.highest_rate(self._state, self._settings):.4g}"
+            verb = "would be" if self.dry_run else "is"
+            self._say(trainer, f"{verb} {comes}: max_edge_ratio={self.max_edge_ratio} allows {allowed}")
         self._held = held
 
-    def _look_at_reading(self, trainer: Any) -> bool:
-        """Follows a measurement of the step at hand, where there is one; whether that changed the rate."""
-        reading = self._next_reading()
-        if reading is None:
-            return False
-        own, step = self._overlay.own, trainer.global_step
-        largest, before = rates.largest_rate(own), self._scale(own)
-        reasons = self._follow(reading, largest, step)
-        after = self._scale(own)
-        self._say_change(trainer, largest, before, after, reasons)
-        self._held = self._limit < self._control * largest
-        if after != before:
-            self._changed = step
-        return after != before
+    def _follow_monitor(self, trainer: Any) -> None:
+        """Follows a measurement of the step at hand (in a dry run of the one before), where there is one."""
+        reading: Reading | None = getattr(self._monitor, "reading", None)
+        if reading is None or self._taken is None:
+            return
+        rate = largest_rate(self._overlay.own)
+        decision = control.followed(
+            self._state, reading, self._settings, step=trainer.global_step, rate=rate, taken=self._taken
+        )
+        if decision.state is self._state:
+            return
+        if not decision.comparable:
+            self.watch.say(
+                f"measurements are of batches of {reading.batch_size} samples and steps have {self._state.size}, so "
+                "the learning rate does not follow them. Leave batch_size= of the SharpnessMonitor out."
+            )
+        self._adopt(trainer, decision)
+        self._held = control.held(self._state, self._settings, rate)
 
-    def _say_change(self, trainer: Any, largest: float, before: float, after: float, reasons: list[str]) -> None:
-        """A change of the factor, with its reasons."""
+    def _adopt(self, trainer: Any, decision: Decision) -> None:
+        """Goes by a decision from now on, and says what it changes."""
+        rate = largest_rate(self._overlay.own)
+        before, after = (control.rate_scale(s, self._settings, rate) for s in (self._state, decision.state))
+        self._state = decision.state
         if after != before:
             verb = "would go" if self.dry_run else "goes"
-            self._say(trainer, f"{verb} from {largest * before:.4g} to {largest * after:.4g}: {' and '.join(reasons)}")
+            self._say(trainer, f"{verb} from {rate * before:.4g} to {rate * after:.4g}: {decision.reason}")
 
     def _say(self, trainer: Any, what: str) -> None:
         """A change, in a line."""
         self._news = True
         groups = len(self._overlay.own)
         which = "the learning rate" if groups == 1 else f"the largest learning rate of {groups} groups"
-        self._watch.tell([f"step {trainer.global_step}, {which} {what}"])
+        self.watch.tell([f"step {trainer.global_step}, {which} {what}"])
 
-    def _follow_batch_size(self, trainer: Any, batch: Any) -> list[str]:
-        """Rescales by the rule; the reason, where there is one."""
-        size = self._step_size.now(trainer, batch)
-        if size is None or size == self._size:
-            return []
-        if self._base is None:
-            self._base = self.base_batch_size or size
-        old, self._size = self._size or self._base, size
-        if size == old:
-            return []
-        assert self._overlay.optimizer is not None
-        rule: Rule = scaling_rule(self._overlay.optimizer) if self.rule == "auto" else self.rule
-        allowed = math.nan
-        if self._full and self._mini:
-            (full_step, full), (mini_step, mini, mini_size, num_samples) = self._full, self._mini
-            point = CurvePoint(min(full_step, mini_step), mini_size, mini, full, num_samples)
-            allowed = saturation(point, old, size, step=trainer.global_step)
-        by_rule = batch_factor(self._base, old, size, rule, old_factor=self._batch_factor)
-        self._batch_factor = batch_factor(
-            self._base, old, size, rule, old_factor=self._batch_factor, saturating=allowed
-        )
-        why = f"a step has {size} samples in place of {old}, {rule} rule"
-        if self._batch_factor < by_rule:
-            why += f" cut to what the measured threshold curve allows, {self._batch_factor / by_rule:.3g} of it"
-        return [why]
-
-    def _next_reading(self) -> Reading | None:
-        """A measurement of the step at hand (in a dry run of the one before), each once."""
-        reading: Reading | None = getattr(self._monitor, "latest", None)
-        if reading is None or self._stepped is None or not self._used < reading.step <= self._stepped[0]:
-            return None
-        self._used, (step, rate) = reading.step, self._stepped
-        if reading.step != step or not rate > 0:  # too old, or of no rate at all
-            return None
-        if math.isfinite(reading.full_batch):
-            self._full = (step, reading.full_batch / rate)
-        if math.isfinite(reading.mini_batch.mean):
-            self._mini = (step, reading.mini_batch.mean / rate, reading.batch_size, reading.num_samples)
-        return reading
-
-    def _follow(self, reading: Reading, largest: float, step: int) -> list[str]:
-        """Judges a measurement by limit and target; the reasons for what changes."""
-        assert self._stepped is not None and self._size is not None
-        if (self.max_edge_ratio is None and self.target_edge_ratio is None) or step < self._first_step():
-            return []
-        if reading.batch_size not in (round(self._size), round(min(self._size, reading.num_samples))):
-            self._watch.say(
-                f"measurements are of batches of {reading.batch_size} samples and steps have {self._size}, so the "
-                "learning rate does not follow them. Leave batch_size= of the SharpnessMonitor out."
-            )
-            return []
-        ratio = reading.directional if self.judged_on == "directional" else reading.mini_batch
-        rate = self._stepped[1] / self._batch_factor
-        cooling = self._changed is not None and step - self._changed < self.cool_down
-        limit, control, crossed = self._limit, self._control, []
-        if self.max_edge_ratio is not None:
-            most = 1.0 if cooling else self.max_change
-            self._limit = limit_rate(limit, rate, ratio, self.max_edge_ratio, max_change=most)
-            if limit != self._limit:
-                crossed.append(f"max_edge_ratio={self.max_edge_ratio}")
-        if self.target_edge_ratio is not None:
-            self._control = steer(
-                control,
-                scaled(ratio, largest * control / rate),  # at the rate that comes, and without the limit
-                target=self.target_edge_ratio,
-                dead_band=self.dead_band,
-                max_change=self.max_change,
-                lowest=self.min_scale,
-                highest=self.max_scale,
-                cooling=cooling,
-            )
-            if control != self._control:
-                crossed.append(f"target_edge_ratio={self.target_edge_ratio}")
-        return [f"the {self.judged_on} edge ratio was {ratio}, with {' and '.join(crossed)}"] if crossed else []
-
-    def _first_step(self) -> int:
-        """The first whose measurement may change the rate."""
-        if self.warm_up is not None:
-            return self.warm_up
-        return 0 if isinstance(self._overlay.optimizer, tuple(PLAIN)) else _YOUNG
+    def _follow_and_show(self, trainer: Any, *_: Any) -> None:
+        """Follows what monitors have just measured, for the step that they have measured, and logs the rate."""
+        self._follow_monitor(trainer)
+        self._overlay.apply()
+        x, every = logging_step(trainer), trainer.log_every_n_steps
+        if self._news or (every and (x + 1) % every == 0 and x != self._logged):  # where LearningRateMonitor logs, too
+            self._news, self._logged = False, x
+            own = self._overlay.own
+            values = {
+                tags.LEARNING_RATE_APPLIED: float(self._overlay.applied[0]),
+                tags.LEARNING_RATE_SUGGESTED: float(own[0] * self._scale(own)),
+                tags.LEARNING_RATE_SCALE: self._scale(own),
+            }
+            self.watch.publish(trainer, self, values)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The factor's parts and what they rest on: plain numbers."""
-        asked = {"rule": self.rule, "max_edge_ratio": self.max_edge_ratio, "history": self.history}
-        return {name: getattr(self, f"_{name}") for name in _SAVED} | asked
+        return {**asdict(self._state), "rule": self.rule, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the saved callback stood."""
-        for name in _SAVED:
-            setattr(self, f"_{name}", state_dict[name])
-        self._watch.history = list(state_dict["history"])
-        was = state_dict["max_edge_ratio"]
-        self._limit = self._limit * self.max_edge_ratio / was if self.max_edge_ratio and was else math.inf
-        if self.rule != state_dict["rule"]:  # from the base on by the new one
-            self._size, self._batch_factor = None, 1.0
+        """Goes on where the saved callback stood, as far as the arguments are the same."""
+        saved = _translated(state_dict) if "control" in state_dict else state_dict
+        known = {each.name: saved[each.name] for each in fields(RateState)}
+        state = RateState(**{**known, "curve": control.CurvePoint(**saved["curve"])})
+        if self.max_edge_ratio is None:
+            state = replace(state, limit=0.0)
         if self.target_edge_ratio is None:
-            self._control = 1.0
-        if self.base_batch_size not in (None, self._base):  # another one by now: the rule starts anew
-            self._base = self._size = None
-            self._batch_factor = 1.0
+            state = replace(state, controller=1.0)
+        if self.rule != saved["rule"] or self.base_batch_size not in (None, state.base):
+            state = control.restarted(state, self.base_batch_size)
+        self._state, self.watch.history = state, list(saved["history"])
 
 
-_YOUNG = 10  # steps until an adaptive optimizer's limits say something: the first gradient's are ten times too low
-_SAVED = ("base", "size", "batch_factor", "control", "changed", "limit", "full", "mini")
-
-
-def _check_limits(
-    max_edge_ratio: float | None,
-    target_edge_ratio: float | None,
-    dead_band: float,
-    max_change: float,
-    min_scale: float,
-    max_scale: float,
-) -> None:
-    """Refuses limits that hold nothing."""
-    for name, ratio in (("max_edge_ratio", max_edge_ratio), ("target_edge_ratio", target_edge_ratio)):
-        words = "must be positive (1 is the edge), or None for none."
-        checks.number(name, ratio, words, above=0, below=math.inf, none=True)
-    for name, value in (("dead_band", dead_band), ("min_scale", min_scale), ("max_scale", max_scale)):
-        checks.number(name, value)
-    if not 0 <= dead_band < 1:
-        raise ValueError(f"dead_band={dead_band} is a relative deviation and must be from 0 to 1, as 0.15 is.")
-    words = "is a factor and must be above 1: else the controller never moves."
-    checks.number("max_change", max_change, words, above=1, below=math.inf)
-    if not 0 < min_scale <= 1 <= max_scale < math.inf:
-        raise ValueError(
-            f"min_scale={min_scale} and max_scale={max_scale} must be positive and have 1 between them: training "
-            "starts at the schedule's own rate."
-        )
+def _translated(old: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 0.1, which held the limit as a rate of the schedule's, and the curve in two parts."""
+    nothing = (-1, math.nan, 0, 0)
+    full, mini = old["full"] or nothing, old["mini"] or nothing
+    curve = control.CurvePoint(max(full[0], mini[0]), mini[2], mini[1], full[1], mini[3])
+    limit = (old["max_edge_ratio"] or 0.0) / (old["limit"] * old["batch_factor"])
+    return {**old, "controller": old["control"], "limit": limit, "curve": asdict(curve), "read": -1}

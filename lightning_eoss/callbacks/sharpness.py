@@ -1,7 +1,6 @@
-"""`SharpnessMonitor`: when to measure the sharpness of a running training, and where to show it."""
+"""`SharpnessMonitor`: where a running training stands against the edge of stability."""
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -13,27 +12,26 @@ from torch import Tensor
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.batches import Batch
-from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import Curvature, Scaling, krylov_like
-from lightning_eoss.curvature.preflight import Findings, preflight
-from lightning_eoss.curvature.seeds import derived_seed
-from lightning_eoss.curvature.solver import Plan, WarmStart
-from lightning_eoss.display import page, tags
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn
+from lightning_eoss.curvature.operators import Coordinates
+from lightning_eoss.curvature.preflight import Findings
+from lightning_eoss.curvature.seeds import Use
+from lightning_eoss.curvature.solver import Solver, WarmStart
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import write_preconditioner
+from lightning_eoss.display.page import write_histogram
 from lightning_eoss.display.scalars import notes, prediction_scalars, raw_scalars, reading, scalars
-from lightning_eoss.measurements.prediction import SharpnessPrediction, predict
-from lightning_eoss.measurements.sharpness import SharpnessMeasurement, measure
+from lightning_eoss.measurements.prediction import SharpnessPrediction, prediction
+from lightning_eoss.measurements.sharpness import SharpnessMeasurement, sharpness
 from lightning_eoss.metrics import MiniBatchSharpness
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits
 from lightning_eoss.theory.statistics import Estimate, phase
 from lightning_eoss.training import probe
-from lightning_eoss.training.data import check_chosen_batch_size, sampler_batches
-from lightning_eoss.training.monitor import Monitor
-from lightning_eoss.training.plan import foreseen, look_of, predictable, settle
-from lightning_eoss.training.watch import now
-from lightning_eoss.training.window import Window
+from lightning_eoss.training.data import sampler_batches
+from lightning_eoss.training.monitor import Look, Monitor
+from lightning_eoss.training.plan import Prospect, foreseen, look_of, predictable, settle
+from lightning_eoss.training.watch import Picture
 
 # From cheap to dear. Directional sharpness comes with "mini", from the same graphs.
 QUANTITIES = ("current", "mini", "full", "prediction")
@@ -42,13 +40,13 @@ SMALL_MODEL = 10_000_000  # parameters up to which warm starts go into checkpoin
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one look at the training showed."""
+class MonitoredSharpness:
+    """What one look at a training showed."""
 
     measurement: SharpnessMeasurement
     raw: SharpnessMeasurement | None  # the same in the units of the Hessian, beside one in units of the limits
     prediction: SharpnessPrediction | None
-    limits: StabilityLimits | NoLimits
+    limits: StabilityLimits | NoLimits  # of the optimizer, at that step
     in_limits: bool  # whether all is in units of the limits
 
 
@@ -106,8 +104,11 @@ class SharpnessMonitor(Monitor):
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*.
     """
 
+    keeps_batch = waits_for_limits = True
+
     def __init__(
         self,
+        *,
         every_n_train_steps: int | None = None,
         overhead: float | None = None,
         max_seconds: float = 60.0,
@@ -126,257 +127,163 @@ class SharpnessMonitor(Monitor):
         outputs_fn: OutputsFn | None = None,
         raw: bool = False,
     ) -> None:
-        checks.settings(rel_error=rel_error, num_batches=num_batches)
-        check_operator(operator, outputs_fn)
+        checks.arguments(rel_error=rel_error, num_batches=num_batches)
         words = "use 'parameters' (autocast off) or 'as_trained'."
         checks.one_of("precision", precision, ("parameters", "as_trained"), words)
-        given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
         super().__init__(
-            *(QUANTITIES if predictions else QUANTITIES[:-1], *given),
+            *(QUANTITIES if predictions else QUANTITIES[:-1]),
+            every_n_train_steps=every_n_train_steps,
+            overhead=overhead,
+            max_seconds=max_seconds,
+            batch_size=batch_size,
+            full_batch_samples=full_batch_samples,
+            loss_fn=loss_fn,
+            dataloader=dataloader,
             num_samples=num_samples,
-            page=page.write_page,
+            seed=seed,
+            operator=operator,
+            outputs_fn=outputs_fn,
             as_trained=precision == "as_trained",
             seldom=PREDICTION_EVERY,
         )
-        self.rel_error = rel_error
-        self.num_batches = int(num_batches)
-        self.precision = precision
-        self.save_warm_start = save_warm_start
-        self.predictions = predictions
-        self.operator = operator
-        self.outputs_fn = outputs_fn
-        self.raw = raw
-        self.latest: Reading | None = None  # the last measurement, for whoever steers by it
-
+        self.rel_error, self.num_batches, self.precision = rel_error, int(num_batches), precision
+        self.save_warm_start, self.predictions, self.raw = save_warm_start, predictions, raw
+        self.reading: Reading | None = None  # the last measurement as edge ratios, for whoever steers by it
         self.mini_batch_sharpness = MiniBatchSharpness()
         self._schedule_arguments = (every_n_train_steps, overhead)
         self._warm = dict.fromkeys((False, True), WarmStart())  # of measurements in plain coordinates and in limits
         self._points: deque[Estimate] = deque(maxlen=5)  # directional edge ratios, for the phase
-        # What follows is of one fit.
-        self._due: frozenset[str] = frozenset()  # what to measure with the step that comes
-        self._put_off: frozenset[str] = frozenset()  # until an adaptive optimizer has taken its first step
-        self._window = Window()
-        self._momentum = False  # whether small batches have a lower line
+        self._momentum = False  # whether small batches have a lower line, in this fit
 
     @property
-    def dashboard_categories(self) -> frozenset[str]:
+    def dashboard_categories(self) -> frozenset[str]:  # type: ignore[override]
         """What it shows on the dashboard."""
         more = {tags.PREDICTIONS: self.predictions, tags.MOMENTUM: self._momentum}
         return tags.SHARPNESS | {title for title, shown in more.items() if shown}
-
-    # ---- when --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be monitored, and forgets an earlier fit's plan; a checkpoint is loaded later."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._momentum, self.latest = False, None
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock."""
-        super().on_fit_start(trainer, pl_module)
-        self._window, self._put_off = Window(), frozenset()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measures before the step, where it is time."""
-        self._watch.see(trainer)
-        arrived = time.perf_counter()
-        if self._window.begins:
-            self._due = frozenset() if probe.trains_nothing(trainer) else self._due_now(trainer)
-            self._due = self._due if self._due and self._watch.rested() else frozenset()
-            if self._due and probe.limits_to_come(trainer):
-                self._put_off, self._due = self._due, frozenset()
-        self._window.begins = probe.steps_now(trainer)
-        try:
-            if self._due:
-                arrived = now(pl_module)  # what the device is still doing is training's
-                size = self._watch.count(batch) or 1
-                self._window.collect(batch, size, copy=trainer.accumulate_grad_batches > 1)
-                if self._window.begins:
-                    self._measure(trainer, pl_module, batch_idx, arrived)
-        finally:
-            self._watch.release(trainer, self)
-            self._agenda.spent += (now(pl_module) if self._due else time.perf_counter()) - arrived
-
-    def _due_now(self, trainer: Any, begun: float = 0.0) -> frozenset[str]:
-        """Those whose time has come, and those that were put off."""
-        due = super()._due_now(trainer, begun)
-        return due if self.every_n_train_steps is None else due | (self._put_off & self._agenda.ledgers.keys())
+            self._momentum, self.reading = False, None
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
-    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
-        """Measures and shows it. A defect of the first measurement ends training, later ones do not."""
-        window, seen = self._window.close(), None
-        try:
-            with self._watch.forgiving(first=self._plan is None):
-                seen = self._watch.sparing(lambda: self._look(trainer, pl_module, window, batch_idx, arrived))
-        finally:
-            self._agenda.tried(trainer.global_step)
-            self._put_off = frozenset()
-        if seen is None:
-            return
-        seconds = now(pl_module) - arrived
-        self._charge(seen, seconds)
-        for note in notes(seen.measurement, seen.limits, in_limits=seen.in_limits):
-            self._watch.say(note)
-        share = (self._agenda.total + seconds) / self._watch.elapsed
-        self.latest = reading(seen.measurement, seen.limits, in_limits=seen.in_limits, step=trainer.global_step)
-        self._show(trainer, seen, self._values(seen, share=share))
-
-    def _look(self, trainer: Any, pl_module: Any, window: Batch, batch_idx: int, arrived: float) -> _Seen | None:
-        """A measurement of the module as it is."""
-        step = trainer.global_step
-        with self._watch.objective(trainer, pl_module, batch_idx) as (objective, isolation):
-            data = self._watch.data
-            assert data is not None
-            limits = probe.applied_limits(trainer)
-            scaling = None
-            if isinstance(limits, StabilityLimits):
-                scaling = probe.scaling_of(limits, objective.parameters, krylov_like(objective))
-            if self._plan is None:
-                # In units of the limits there is no curve for the current batch.
-                shown = (scaling is None or self.raw) and probe.sees_batches(pl_module)
-                self._prepare(trainer, objective, current=shown)
-                self._due = self._due_now(trainer, time.perf_counter() - arrived)
-            if self._plan is None or not self._due:
-                return None
-            assert self._findings is not None
-            batch_size, parts = self._watch.step_size(trainer, self.batch_size)
-            size = data.sizes.mean if data.sizes else batch_size
-            samples = None if data.sampler is None else round(parts * size)
-            self._plan = replace(self._plan, batch_size=batch_size, parts=parts, samples=samples)
-            plan = look_of(self._plan, self._findings, objective.source.num_samples, self._agenda)
-            plan = self._watch.within(plan, self._findings, objective)
-            curvature = curvature_of(self.operator, self.outputs_fn, objective, plan.batch_size)
-
-            def look(current: Batch | None, scaling: Scaling | None) -> SharpnessMeasurement:
-                assert self._findings is not None
-                batches = None
-                if data.sampler is not None and "mini" in self._due:
-                    isolation.reseed(derived_seed(self.seed, 4, step))
-                    given: dict[str, Any] = {"seed": derived_seed(self.seed, 5, step), "batch_size": self.batch_size}
-                    batches = sampler_batches(data, plan.parts, plan.num_batches, **given)
-                measurement, self._warm[scaling is not None] = measure(
-                    objective,
-                    plan,
-                    self._findings,
-                    self._warm[scaling is not None].fitting(objective),
-                    stream=step,
-                    full="full" in self._due,
-                    mini="mini" in self._due,
-                    current=current,
-                    batches=batches,
-                    scaling=scaling,
-                    curvature=curvature,
-                )
-                if measurement.doubt is not None:
-                    self._watch.say(measurement.doubt.message)
-                    self._findings = self._findings.after(measurement.doubt)
-                return measurement
-
-            current, raw = window if "current" in self._due else None, None
-            if self.raw and scaling is not None:
-                raw, current = look(current, None), None
-            measurement = look(current, scaling)
-            prediction = None
-            if "prediction" in self._due and math.isfinite(measurement.full_batch.value):
-                with self._watch.forgiving(first=False):  # what was measured is not lost with it
-                    prediction = self._watch.sparing(lambda: self._predicted(objective, plan, scaling, curvature, step))
-        return _Seen(measurement, raw, prediction, limits, scaling is not None)
-
-    def _predicted(
-        self, objective: Objective, plan: Plan, scaling: Scaling | None, curvature: Curvature, step: int
-    ) -> SharpnessPrediction:
-        """MiniBS predicted at the measured batch size."""
-        assert self._findings is not None
-        plan = self._watch.within(plan, self._findings, objective)
-        plan, size, groups, _ = predictable(plan, self._findings, objective.source.num_samples, self.max_seconds)
-        return predict(
-            objective,
-            plan,
-            self._findings,
-            self._warm[scaling is not None].fitting(objective),
-            batch_sizes=(min(plan.step_size, objective.source.num_samples),),
-            group_size=size,
-            num_groups=groups,
-            stream=step,
-            scaling=scaling,
-            curvature=curvature,
-        )
-
-    def _prepare(self, trainer: Any, objective: Objective, *, current: bool) -> None:
-        """Finds out what the loss allows and what a measurement costs, cuts what is too dear, and says so in a line."""
-        data = self._watch.data
-        assert data is not None
-        check_chosen_batch_size(self.batch_size, data)
-        batch_size, parts = self._watch.step_size(trainer, self.batch_size)
-        checks.batch_size_of_data(batch_size, data.source.num_samples)
-        findings = self._findings or preflight(objective, batch_size, parts=parts, seed=self.seed)
-        for warning in (*findings.warnings, *probe.cautions(trainer, objective.module)):
-            self._watch.say(warning)
-        if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
-            return
-        self._findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
-        full, memory = data.batches_of(self.full_batch_samples), objective.cache.limit
+    def foresee(self, look: Look) -> Prospect:
+        """What was asked for, cut to what is not too dear."""
+        data, solver, (_, scaling) = look.data, look.solver, _coordinates(look)
+        self.watch.say(*probe.cautions(look.trainer, solver.objective.module))
         prospect = foreseen(
-            Plan(batch_size, parts, self.rel_error, self.num_batches, full, self.seed, None, memory),
-            self._findings,
-            self._agenda,
-            objective,
+            replace(solver.plan, rel_error=self.rel_error, num_batches=self.num_batches),
+            solver.findings,
+            self.agenda,
+            solver.objective,
             max_seconds=self.max_seconds,
             uniform=data.sampler is None,
-            current=current,
+            # In units of the limits there is no curve for the current batch.
+            current=(scaling is None or self.raw) and probe.sees_batches(solver.objective.module),
         )
-        for warning in prospect.warnings:
-            self._watch.say(warning)
-        self._agenda.expect(prospect.costs)
-        self._plan = prospect.plan
         if data.sizes:
             _, least, most = data.sizes
             prospect.notes.append(f"its batches have {least} to {most} samples, each counts as one step")
-        self._watch.announce(prospect.notes)
+        return prospect
 
-    def _charge(self, seen: _Seen, seconds: float) -> None:
-        """Enters what it has cost."""
-        assert self._plan is not None and self._findings is not None and self._watch.data is not None
-        if seen.prediction is not None:
-            self._agenda.charge("prediction", seen.prediction.seconds)
-            seconds -= seen.prediction.seconds
-        count = self._watch.data.source.num_samples
-        settle(self._plan, self._findings, self._agenda, seen.measurement, count, self._due, seconds)
+    def measure(self, look: Look) -> MonitoredSharpness:
+        """Each quantity that is due, in units of the limits where they differ between parameters."""
+        data, (limits, scaling) = look.data, _coordinates(look)
+        assert self.plan is not None
+        if data.sampler is not None:
+            size = data.sizes.mean if data.sizes else self.plan.batch_size
+            self.plan = replace(self.plan, samples=round(self.plan.parts * size))
+        plan = replace(look.solver.plan, samples=self.plan.samples)
+        plan = look_of(plan, look.solver.findings, data.source.num_samples, self.agenda)
+        solver, raw = replace(look.solver, plan=plan), None
+        current = look.batch if "current" in look.due else ()
+        if scaling is not None:
+            if self.raw:
+                raw, current = self._measured(look, solver, current), ()
+            solver = replace(solver, coordinates=scaling)
+        measurement = self._measured(look, solver, current)
+        predicted = None
+        if "prediction" in look.due and math.isfinite(measurement.full_batch.value):
+            with self.watch.forgiving(first=False):  # what was measured is not lost with it
+                predicted = self.watch.sparing(lambda: self._predicted(solver))
+        return MonitoredSharpness(measurement, raw, predicted, limits, scaling is not None)
+
+    def _measured(self, look: Look, solver: Solver, current: Batch) -> SharpnessMeasurement:
+        """A measurement in the solver's coordinates, from where the last one in them ended."""
+        assert self.findings is not None
+        batches, solver = None, replace(solver, findings=self.findings)
+        if look.data.sampler is not None and "mini" in look.due:
+            solver.objective.isolation.reseed(solver.seed(Use.SAMPLER_ISOLATION))
+            plan, seed = solver.plan, solver.seed(Use.SAMPLER_BATCHES)
+            batches = sampler_batches(look.data, plan.parts, plan.num_batches, seed=seed, batch_size=self.batch_size)
+        which = solver.coordinates.limits is not None
+        measurement, self._warm[which] = sharpness(
+            solver,
+            self._warm[which].fitting(solver.objective),
+            full="full" in look.due,
+            mini="mini" in look.due,
+            current=current,
+            batches=batches,
+        )
+        if measurement.doubt is not None:
+            self.watch.say(measurement.doubt.message)
+            self.findings = self.findings.after(measurement.doubt)
+        return measurement
+
+    def _predicted(self, solver: Solver) -> SharpnessPrediction:
+        """MiniBS predicted at the measured batch size."""
+        assert self.findings is not None
+        num_samples = solver.objective.source.num_samples
+        plan = self.watch.within(solver.plan, self.findings, solver.objective)
+        size = min(plan.step_size, num_samples)
+        plan, group_size, num_groups, _ = predictable(plan, self.findings, num_samples, self.max_seconds)
+        return prediction(
+            replace(solver, plan=plan, findings=self.findings),
+            self._warm[solver.coordinates.limits is not None].fitting(solver.objective),
+            batch_sizes=(size,),
+            group_size=group_size,
+            num_groups=num_groups,
+        )
+
+    def charge(self, result: MonitoredSharpness, seconds: float) -> None:
+        """Shares the seconds out among the quantities."""
+        assert self.plan is not None and self.findings is not None and self.watch.data is not None
+        if result.prediction is not None:
+            self.agenda.charge("prediction", result.prediction.seconds)
+            seconds -= result.prediction.seconds
+        count = self.watch.data.source.num_samples
+        settle(self.plan, self.findings, self.agenda, result.measurement, count, self._due, seconds)
 
     # ---- where -------------------------------------------------------------------------------------------------------
 
-    def _values(self, seen: _Seen, *, share: float) -> dict[str, float]:
-        """The scalars of a measurement, the phase among them."""
-        values = {**scalars(seen.measurement, seen.limits, in_limits=seen.in_limits), tags.COST_SHARE: share}
-        if seen.raw is not None:
-            values |= raw_scalars(seen.raw, values)
-        if seen.prediction is not None:
-            values |= prediction_scalars(seen.prediction)
-            values[tags.COST_SECONDS] += seen.prediction.seconds
-        if self.latest is not None and math.isfinite(self.latest.directional.mean):
-            self._points.append(self.latest.directional)
+    def show(self, trainer: Any, result: MonitoredSharpness) -> tuple[dict[str, float], list[Picture]]:
+        """Scalars with the phase among them, the eigenvalues of the mini-batches, the preconditioner."""
+        measurement, limits, in_limits = result.measurement, result.limits, result.in_limits
+        self.watch.say(*notes(measurement, limits, in_limits=in_limits))
+        self.reading = reading(measurement, limits, in_limits=in_limits, step=trainer.global_step)
+        values = {**scalars(measurement, limits, in_limits=in_limits), tags.COST_SHARE: self.share}
+        if result.raw is not None:
+            values |= raw_scalars(result.raw, values)
+        if result.prediction is not None:
+            values |= prediction_scalars(result.prediction)
+            values[tags.COST_SECONDS] += result.prediction.seconds
+        if self.reading is not None and math.isfinite(self.reading.directional.mean):
+            self._points.append(self.reading.directional)
             if (judged := phase(self._points)) is not None:
                 values[tags.PHASE] = float(judged)
-        return values
-
-    def _show(self, trainer: Any, seen: _Seen, values: dict[str, float]) -> None:
-        """Scalars to every logger, the dashboard to those that have one, the last values to the Trainer."""
-        measurement = seen.measurement
+        if tags.EDGE_RATIO in values:
+            trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
+        self._momentum = self._momentum or tags.THRESHOLD_SMALL_BATCH in values
+        pictures: list[Picture] = [partial(write_preconditioner, limits=limits)]
         eigenvalues = torch.tensor(measurement.mini_batch.values, dtype=torch.float64)
         if len(eigenvalues):
             self.mini_batch_sharpness.reset()
             self.mini_batch_sharpness.control_mean = measurement.control_mean
-            controls = torch.tensor(measurement.controls, dtype=torch.float64)
-            self.mini_batch_sharpness.update(eigenvalues, controls)
-        self._momentum = self._momentum or tags.THRESHOLD_SMALL_BATCH in values
-        histograms = [partial(page.write_histogram, values=eigenvalues)] if len(eigenvalues) else []
-        self._watch.publish(trainer, self, values, *histograms, partial(write_preconditioner, limits=seen.limits))
-        self._shown = True
-        if tags.EDGE_RATIO in values:
-            trainer.progress_bar_metrics["edge_ratio"] = round(values[tags.EDGE_RATIO], 3)
+            self.mini_batch_sharpness.update(eigenvalues, torch.tensor(measurement.controls, dtype=torch.float64))
+            pictures.insert(0, partial(write_histogram, values=eigenvalues))
+        return values, pictures
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -393,7 +300,7 @@ class SharpnessMonitor(Monitor):
         return {
             **super().state_dict(),
             "points": [(point.mean, point.stderr, point.lower, point.upper) for point in self._points],
-            "findings": None if self._findings is None else asdict(self._findings),
+            "findings": None if self.findings is None else asdict(self.findings),
             "warm_start": {which: dict(vars(warm)) for which, warm in self._warm.items()} if save else {},
         }
 
@@ -401,5 +308,13 @@ class SharpnessMonitor(Monitor):
         """Goes on where the saved monitor stood."""
         super().load_state_dict(state_dict)
         self._points = deque((Estimate(*point) for point in state_dict["points"]), maxlen=5)
-        self._findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
+        self.findings = Findings(**state_dict["findings"]) if state_dict["findings"] else None
         self._warm |= {which: WarmStart(**fields) for which, fields in state_dict["warm_start"].items()}
+
+
+def _coordinates(look: Look) -> tuple[StabilityLimits | NoLimits, Coordinates | None]:
+    """The optimizer's limits, and the coordinates in which the top eigenvalue is the edge ratio."""
+    limits = probe.applied_limits(look.trainer)
+    if isinstance(limits, NoLimits):
+        return limits, None
+    return limits, probe.scaling_of(limits, look.solver.objective.parameters, look.solver.like)

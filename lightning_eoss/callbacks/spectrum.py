@@ -1,24 +1,20 @@
 """`SpectralDensityMonitor`: the whole spectrum of a running training's Hessian, and of one of its batches."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operator, curvature_of
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.solver import Plan
-from lightning_eoss.display import page, tags
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn
+from lightning_eoss.display import tags
 from lightning_eoss.display.figures import write_spectrum
 from lightning_eoss.display.scalars import spectrum_scalars
-from lightning_eoss.measurements.spectrum import Spectra, check_spectrum, spectra
-from lightning_eoss.training.monitor import Monitor
-from lightning_eoss.training.plan import VARIANCE_SAMPLES, full_samples, pass_seconds
-from lightning_eoss.training.watch import now
+from lightning_eoss.measurements.spectrum import Spectra, spectra
+from lightning_eoss.training.monitor import Look, Monitor
+from lightning_eoss.training.plan import VARIANCE_SAMPLES, Prospect, cut_full, full_samples, pass_seconds
+from lightning_eoss.training.watch import Picture
 
 
 class SpectralDensityMonitor(Monitor):
@@ -64,6 +60,7 @@ class SpectralDensityMonitor(Monitor):
 
     def __init__(
         self,
+        *,
         every_n_train_steps: int | None = None,
         overhead: float | None = None,
         max_seconds: float = 60.0,
@@ -80,68 +77,45 @@ class SpectralDensityMonitor(Monitor):
         operator: Kind = "hessian",
         outputs_fn: OutputsFn | None = None,
     ) -> None:
-        given = (every_n_train_steps, overhead, max_seconds, batch_size, full_batch_samples, loss_fn, dataloader, seed)
-        super().__init__(("density",), *given, num_samples=num_samples, page=page.write_page)
-        check_spectrum(steps, num_probes, augmented_passes)
-        check_operator(operator, outputs_fn)
+        checks.arguments(steps=steps, num_probes=num_probes, augmented_passes=augmented_passes)
         checks.one_of("mode", mode, ("as_trained", "eval"), "use 'as_trained' or 'eval'.")
-        self.steps = steps
-        self.num_probes = num_probes
-        self.augmented_passes = augmented_passes
-        self.mode = mode
-        self.operator = operator
-        self.outputs_fn = outputs_fn
-        self.last: Spectra | None = None  # what was measured last
-
-    def _measure(self, trainer: Any, pl_module: Any, batch_idx: int, arrived: float) -> None:
-        """Measures and shows it."""
-        with self._watch.objective(trainer, pl_module, batch_idx, evaluating=self.mode == "eval") as (objective, _):
-            if self._plan is None:
-                self._prepare(trainer, objective)
-                if self._plan is None or not self._due_now(trainer, now(pl_module) - arrived):
-                    return
-            assert self._findings is not None and self._watch.data is not None
-            size, parts = self._watch.step_size(trainer, self.batch_size)
-            plan = self._watch.within(replace(self._plan, batch_size=size, parts=parts), self._findings, objective)
-            self.last = spectra(
-                objective,
-                plan,
-                self._findings,
-                steps=self.steps,
-                num_probes=self.num_probes,
-                augmented_passes=self.augmented_passes,
-                stream=trainer.global_step,
-                curvature=curvature_of(self.operator, self.outputs_fn, objective, size),
-            )
-        self._agenda.charge("density", self.last.seconds)
-        self._shown = True
-        self._watch.publish(trainer, self, spectrum_scalars(self.last), partial(write_spectrum, spectra=self.last))
-
-    def _prepare(self, trainer: Any, objective: Objective) -> None:
-        """Finds out what the loss allows and what a measurement costs, and says so."""
-        data = self._watch.data
-        assert data is not None
-        size, parts = self._watch.step_size(trainer, self.batch_size)
-        checks.batch_size_of_data(size, data.source.num_samples)
-        findings = preflight(objective, size, parts=parts, seed=self.seed)
-        for warning in findings.warnings:
-            self._watch.say(warning)
-        if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
-            return
-        full_batch_samples = data.batches_of(self.full_batch_samples)
-        plan = Plan(
-            size, parts, full_batch_samples=full_batch_samples, seed=self.seed, memory_bytes=objective.cache.limit
+        super().__init__(
+            "density",
+            every_n_train_steps=every_n_train_steps,
+            overhead=overhead,
+            max_seconds=max_seconds,
+            batch_size=batch_size,
+            full_batch_samples=full_batch_samples,
+            loss_fn=loss_fn,
+            dataloader=dataloader,
+            num_samples=num_samples,
+            seed=seed,
+            operator=operator,
+            outputs_fn=outputs_fn,
+            evaluating=mode == "eval",
         )
-        full, passes = full_samples(plan, data.source.num_samples), self.steps * self.num_probes
-        dear = pass_seconds(plan, findings, full * self.augmented_passes, passes)
-        others = (size * parts + VARIANCE_SAMPLES) * findings.loading
-        kept = max(size * parts, round(full * min(1.0, max(0.0, self.max_seconds - others) / dear)))
-        seconds, passes = dear * kept / full + others, passes * self.augmented_passes
-        self._findings = findings
-        self._plan = replace(plan, full_batch_samples=kept)
-        self._agenda.expect({"density": seconds})
-        what = f"spectral densities of {kept:,} of {data.source.num_samples:,} samples and of a batch of {size * parts}"
-        notes = [what, f"{passes} passes, about {seconds:.2g} s"]
-        if data.sampler is not None:
+        self.steps, self.num_probes, self.augmented_passes, self.mode = steps, num_probes, augmented_passes, mode
+
+    def foresee(self, look: Look) -> Prospect:
+        """As many samples of the full batch as there is time for."""
+        plan, findings, total = look.solver.plan, look.solver.findings, look.data.source.num_samples
+        passes = self.steps * self.num_probes
+        dear = pass_seconds(plan, findings, full_samples(plan, total) * self.augmented_passes, passes)
+        others = (plan.step_size + VARIANCE_SAMPLES) * findings.loading
+        plan, seconds = cut_full(plan, total, dear, self.max_seconds - others)
+        seconds += others
+        what = f"spectral densities of {plan.full_batch_samples:,} of {total:,} samples and of a batch of"
+        passes *= self.augmented_passes
+        notes = [f"{what} {plan.step_size}", f"{passes} passes, about {seconds:.2g} s"]
+        if look.data.sampler is not None:
             notes.append("the sampler is not uniform, the batch is")
-        self._watch.announce(notes)
+        return Prospect(plan, {"density": seconds}, notes)
+
+    def measure(self, look: Look) -> Spectra:
+        """Both densities at these weights."""
+        given = {"steps": self.steps, "num_probes": self.num_probes, "augmented_passes": self.augmented_passes}
+        return spectra(look.solver, **given)
+
+    def show(self, trainer: Any, result: Spectra) -> tuple[dict[str, float], list[Picture]]:
+        """Scalars, and both densities as stems."""
+        return spectrum_scalars(result), [partial(write_spectrum, spectra=result)]

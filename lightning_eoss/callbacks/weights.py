@@ -7,22 +7,22 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_eoss import checks
-from lightning_eoss.display import page, tags
+from lightning_eoss.display import tags
 from lightning_eoss.display.scalars import finite
 from lightning_eoss.linalg.sketch import count_sketch
 from lightning_eoss.theory.random_walk import DistanceLaws, angle, distance_laws, next_look
+from lightning_eoss.training.monitor import Publisher
 from lightning_eoss.training.watch import HISTORY, Watch
 
 SMALL = 2**22  # parameters, up to which a copy of them is kept by default
 SKETCH = 8192  # dimension of a projection by default, and of those that angles are had from
 
 
-class WeightDistanceMonitor(Callback):
+class WeightDistanceMonitor(Publisher):
     r"""Shows, while a model trains, its distance from where it began, and whether that grows like :math:`\log t`.
 
     Not one bit of training is changed. Before the step after t steps, to every logger: the distance
@@ -66,6 +66,7 @@ class WeightDistanceMonitor(Callback):
 
     def __init__(
         self,
+        *,
         every_n_train_steps: int | None = None,
         points_per_decade: int = 20,
         projection: int | None = None,
@@ -83,7 +84,7 @@ class WeightDistanceMonitor(Callback):
         self.projection = projection
         self.layer_depth = layer_depth
         self.seed = seed
-        self._watch = Watch(type(self).__name__, page=page.write_page)
+        self.watch = Watch(type(self).__name__)
         self._shapes: dict[str, list[int]] = {}  # of the parameters that were trained at w_0, by name
         self._kept = 0  # dimension of the sketches of w_0; 0: it is a copy
         self._initial: list[Tensor] = []  # w_0: a copy of each parameter, or a sketch of each layer
@@ -94,12 +95,7 @@ class WeightDistanceMonitor(Callback):
         self._due = 1  # t of the next look
 
     @property
-    def history(self) -> list[dict[str, float]]:
-        """The scalars of every look, oldest first, each with its `step`; thinned above 10,000."""
-        return self._watch.history
-
-    @property
-    def laws(self) -> DistanceLaws:
+    def latest(self) -> DistanceLaws:
         """Both laws as fitted to all looks so far; NaN where it is too early."""
         return distance_laws(*np.array(self._points, dtype=float).reshape(-1, 2).T)
 
@@ -111,20 +107,20 @@ class WeightDistanceMonitor(Callback):
                 f"{type(self).__name__} does not support strategy={strategy}: parameters are sharded, and no process "
                 "sees how far all of them have gone. Train with another strategy, or without this callback."
             )
-        self._watch.count_twins(trainer, self)
+        self.watch.count_twins(trainer, self)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keeps w_0, unless an earlier fit has."""
-        self._watch.begin()
+        self.watch.begin()
         lazy = [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]
         if lazy:
-            self._watch.say(f"{', '.join(lazy)} have no values before the first step, and are left out.")
+            self.watch.say(f"{', '.join(lazy)} have no values before the first step, and are left out.")
         there = {name: each for name, each in pl_module.named_parameters() if name not in lazy}
         if self._initial and all(name in there and list(there[name].shape) == x for name, x in self._shapes.items()):
             self._begun = self._begun if self._done is None else trainer.global_step - self._done
         else:
             if self._initial:
-                self._watch.say("these are not the parameters of the first fit, so distances start anew.")
+                self.watch.say("these are not the parameters of the first fit, so distances start anew.")
             self._shapes = {name: list(each.shape) for name, each in there.items() if each.requires_grad}
             self._initial, self._points, self._begun, self._due = [], [], trainer.global_step, self._after(0)
             self._keep(pl_module)
@@ -136,8 +132,8 @@ class WeightDistanceMonitor(Callback):
         if not self._initial or t < self._due:
             return
         self._due = self._after(t)
-        with self._watch.forgiving(first=False):
-            self._watch.publish(trainer, self, self._look(pl_module, t))
+        with self.watch.forgiving(first=False):
+            self.watch.publish(trainer, self, self._look(pl_module, t))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes how many steps were made, should another Trainer go on from here."""
@@ -152,7 +148,7 @@ class WeightDistanceMonitor(Callback):
         """Keeps w_0 and says what that takes."""
         layers = self._layers(pl_module)
         if not layers:
-            self._watch.say("nothing is trained, so there is no distance to show.")
+            self.watch.say("nothing is trained, so there is no distance to show.")
             return
         count = sum(tensor.numel() for layer in layers.values() for tensor in layer)
         self._kept = self.projection or (0 if count <= SMALL else SKETCH)
@@ -161,7 +157,7 @@ class WeightDistanceMonitor(Callback):
         self._initial, self._last = copies or [sketches], [sketches.sum(0)]
         size = sum(each.nbytes for each in (*self._initial, *self._last, *self._last)) / 2**20
         what = f"random projections to {self._kept:,} numbers" if self._kept else "a copy"
-        self._watch.announce([f"distances of {count:,} parameters from {what}", f"checkpoints grow by {size:.2g} MiB"])
+        self.watch.announce([f"distances of {count:,} parameters from {what}", f"checkpoints grow by {size:.2g} MiB"])
 
     def _layers(self, pl_module: Any) -> dict[str, list[Tensor]]:
         """The parameters as they are now, as real tensors, by layer."""
@@ -194,7 +190,7 @@ class WeightDistanceMonitor(Callback):
             self._points.append([t, distance])
             if len(self._points) > HISTORY:
                 self._points[: HISTORY // 2] = self._points[: HISTORY // 2 : 2]
-        laws = self.laws
+        laws = self.latest
         values |= {
             tags.WEIGHTS_LOG_SLOPE: laws.slope,
             tags.WEIGHTS_LOG_R2: laws.log_r2,
@@ -209,7 +205,7 @@ class WeightDistanceMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved monitor stood, from its w_0, in its projection and its layers."""
-        self._watch.history, self._done = list(state_dict["history"]), None
+        self.watch.history, self._done = list(state_dict["history"]), None
         for name in _STATE:
             setattr(self, name, copy(state_dict[name]))
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.seeds import Use, derived_seed
 from lightning_eoss.isolation.isolate import Restore
 
 
@@ -42,28 +42,24 @@ class Source(Protocol):
     def num_samples(self) -> int:
         """Samples (or ready batches) that may be drawn."""
 
+    @property
+    def divisible(self) -> bool:
+        """Whether batches can be cut; ready ones are drawn as a whole."""
+
     def take(self, indices: Sequence[int]) -> Any:
-        """The batch of these samples, on the module's device; all generators are seeded just before."""
+        """The data of these samples, on the module's device; all generators are seeded just before."""
 
     def size(self, indices: Sequence[int]) -> int:
         """How many samples that is (not `len(indices)` where the source is made of ready batches)."""
 
     def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
-        """Random batches that share no sample."""
-
-    @property
-    def divisible(self) -> bool:
-        """Whether batches can be cut; ready ones are drawn as a whole."""
-
-
-def disjoint(generator: random.Random, num_samples: int, batch_size: int, count: int) -> list[tuple[int, ...]]:
-    """Batches that share no sample, uniform without replacement; the last is short where there are no more samples."""
-    drawn = generator.sample(range(num_samples), min(batch_size * count, num_samples))
-    return _cut(drawn, batch_size)
+        """Random batches that share no sample, uniform without replacement; the last is short where samples run out."""
+        drawn = generator.sample(range(self.num_samples), min(batch_size * count, self.num_samples))
+        return _cut(drawn, batch_size)
 
 
 @dataclass(frozen=True)
-class DatasetSource:
+class DatasetSource(Source):
     """Batches from a map-style data set, collated as a DataLoader would."""
 
     divisible = True
@@ -88,13 +84,9 @@ class DatasetSource:
         """One sample an index."""
         return len(indices)
 
-    def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
-        """Uniform without replacement."""
-        return disjoint(generator, self.num_samples, batch_size, count)
-
 
 @dataclass(frozen=True)
-class BatchListSource:
+class BatchListSource(Source):
     """Ready batches, each drawn as a whole: what is left where there is no data set to index."""
 
     divisible = False
@@ -116,13 +108,9 @@ class BatchListSource:
         """Samples of the batches."""
         return sum(self.sizes[index] for index in indices)
 
-    def draw(self, generator: random.Random, batch_size: int, count: int) -> list[tuple[int, ...]]:
-        """Uniform without replacement."""
-        return disjoint(generator, self.num_samples, batch_size, count)
-
 
 @dataclass(frozen=True)
-class CombinedSource:
+class CombinedSource(Source):
     """Several data sets' batches side by side, as a CombinedLoader gives them, each drawn as a whole.
 
     Index e T + t is batch t of epoch e, an epoch having T. Epoch 0 has all samples in their order. The others, as many
@@ -210,17 +198,7 @@ def _tensors(batch: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int) -> Iterator[Batch]:
-    """Batches of `parts` times `batch_size` samples, drawn as training draws its own, independent of one another.
-
-    Args:
-        source: Where the samples come from.
-        batch_size: Samples of one part (a loader batch).
-        parts: Loader batches of one accumulation window, each with its own loss, weighted 1 / parts.
-        seed: Fixes the whole stream.
-
-    Yields:
-        Batch after batch, without end.
-    """
+    """Batches of `parts` loader batches, each with its own loss, drawn as training draws its own, without end."""
     for number in range(2**31):
         own = derived_seed(seed, number)
         pieces = source.draw(random.Random(own), batch_size, parts)
@@ -231,16 +209,7 @@ def random_batches(source: Source, batch_size: int, *, parts: int = 1, seed: int
 
 
 def disjoint_batches(source: Source, batch_size: int, *, seed: int) -> Iterator[Batch]:
-    """The batches of one epoch: a random permutation cut in pieces of `batch_size`, the short last one left out.
-
-    Args:
-        source: Where the samples come from.
-        batch_size: Samples of a batch.
-        seed: Fixes the permutation.
-
-    Yields:
-        Batches that share no sample.
-    """
+    """The batches of one epoch: a random permutation cut in pieces of `batch_size`, the short last one left out."""
     drawn = random.Random(seed).sample(range(source.num_samples), source.num_samples)
     for number in range(source.num_samples // batch_size):
         piece = tuple(drawn[number * batch_size : (number + 1) * batch_size])
@@ -252,24 +221,16 @@ def full_batch(
 ) -> Batch:
     """All samples (or a fixed random subset) as consecutive chunks, each weighted by its share of the samples.
 
-    Args:
-        source: Where the samples come from.
-        chunk_size: Samples of one chunk; the last one may be smaller.
-        max_samples: Size of the subset, which depends on `seed` alone; None: all samples.
-        first: Only so many of those, each such part within all larger ones; None: all.
-        seed: Seed of the subset and of the chunks.
-
-    Returns:
-        The chunks.
+    The subset depends on `seed` alone; its `first` samples are within all larger such parts.
     """
     chosen: Sequence[int] = range(source.num_samples)
     most = min(max_samples or len(chosen), len(chosen))
     if min(first or most, most) < len(chosen):
-        chosen = sorted(random.Random(derived_seed(seed, 0)).sample(chosen, most)[:first])
+        chosen = sorted(random.Random(derived_seed(seed, Use.FULL_BATCH)).sample(chosen, most)[:first])
     pieces = _cut(chosen, chunk_size)
     total = sum(source.size(piece) for piece in pieces)
     return tuple(
-        Part(source.size(piece) / total, source.size(piece), piece, derived_seed(seed, 1, number))
+        Part(source.size(piece) / total, source.size(piece), piece, derived_seed(seed, Use.CHUNKS, number))
         for number, piece in enumerate(pieces)
     )
 
@@ -285,8 +246,8 @@ def split(batch: Batch, size: int) -> Batch:
 
     pieces: list[Part] = []
     for part in batch:
-        whole = part.size <= size or not part.indices
-        pieces += [part] if whole else [piece(part, indices) for indices in _cut(part.indices, size)]
+        uncut = part.size <= size or not part.indices
+        pieces += [part] if uncut else [piece(part, indices) for indices in _cut(part.indices, size)]
     return tuple(pieces)
 
 

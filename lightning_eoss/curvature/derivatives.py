@@ -63,17 +63,8 @@ def doubt(
     """What is wrong with the products of a part, as far as can be seen along some directions.
 
     Cost: two products, two of them compared (two gradients each, up to eight where a network has kinks); without
-    `along` three products and a comparison more.
-
-    Args:
-        objective: The loss.
-        part: The samples.
-        along: (P,) the top eigenvector, where one is known; None: the gradient, and a vector on the way to it.
-        curvature: The matrix that products are taken with.
-        graph: That of the part, where it is there already.
-
-    Returns:
-        The doubt, or None; None also where loss or gradient are not finite, which has nothing to do with products.
+    `along` three products and a comparison more. None also where loss or gradient are not finite: that has nothing to
+    do with products.
     """
     graph = graph or curvature.graph(objective, part)
     size = float(graph.gradient.norm())

@@ -14,7 +14,7 @@ has G = 0. An `OutputsFn` names them, either the user's own or a discovered one 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -25,25 +25,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_eoss.curvature.batches import Batch, Part, random_batches
-from lightning_eoss.curvature.objective import Objective, real, scalar
-from lightning_eoss.curvature.operators import (
-    HESSIAN,
-    Curvature,
-    Graph,
-    central_difference,
-    constant_graph,
-    flattened,
-    gradient_graph,
-    krylov_dtype,
-    unflattened,
-)
+from lightning_eoss.curvature.batches import Part, random_batches
+from lightning_eoss.curvature.objective import Objective, flattened, real, scalar, unflattened
+from lightning_eoss.curvature.operators import HESSIAN, Curvature, Graph, central_difference, gradient_graph
 
 Criterion = Callable[[Tensor], Tensor]
 OutputsFn = Callable[[nn.Module, Any], tuple[Tensor, Criterion]]
 Kind = Literal["hessian", "ggn"]
 
-_ROWS = 64  # of a Jacobian that are computed in one backward pass
 _EXAMPLE = (
     "outputs_fn, a function of (module, batch) that returns the outputs with their graph and the loss as a function of "
     "them, as in `return module(inputs), lambda outputs: F.cross_entropy(outputs, targets)`"
@@ -62,13 +51,6 @@ def discovered_outputs(loss: Callable[[Any], Tensor]) -> OutputsFn:
 
     Cost: that of the loss.
 
-    Args:
-        loss: The loss of a batch, as training steps on it.
-
-    Returns:
-        A function of (module, batch), which raises ValueError where the loss is not the result of one such call, or
-        where more than one of the call's tensors depends on the parameters (learned targets or weights).
-
     Example:
         >>> model, batch = nn.Linear(2, 1), (torch.ones(3, 2), torch.zeros(3, 1))
         >>> outputs_fn = discovered_outputs(lambda batch: nn.MSELoss()(model(batch[0]), batch[1]))
@@ -78,12 +60,12 @@ def discovered_outputs(loss: Callable[[Any], Tensor]) -> OutputsFn:
     """
 
     def outputs_fn(_module: nn.Module, batch: Any) -> tuple[Tensor, Criterion]:
-        with _Watch() as watch:
+        with _Calls() as noted:
             found = scalar(loss(batch))
         if not found.requires_grad:  # a batch that training skips
             return found, lambda outputs: outputs
         value = float(found.detach())
-        losses = (call for call in watch.calls if call.function in _LOSSES and call.result.requires_grad)
+        losses = (call for call in noted.calls if call.function in _LOSSES and call.result.requires_grad)
         scalars = [call for call in losses if call.result.numel() == 1]
         # NaN equals nothing
         made = [call for call in scalars if float(call.result.detach()) == value or math.isnan(value)]
@@ -95,7 +77,7 @@ def discovered_outputs(loss: Callable[[Any], Tensor]) -> OutputsFn:
         outputs, criterion = made[-1].split()
         if made[-1].function is not F.nll_loss:
             return outputs, criterion
-        links = [call for call in watch.calls if call.result is outputs]
+        links = [call for call in noted.calls if call.result is outputs]
         if not links:
             raise ValueError(
                 "F.nll_loss is linear in its log-probabilities, so its Gauss-Newton matrix is 0, and these do not come "
@@ -111,15 +93,6 @@ def check_outputs(objective: Objective, outputs_fn: OutputsFn, part: Part) -> No
     """Refuses outputs whose criterion is not the loss that training steps on, in value and in gradient.
 
     Cost: two gradients of the part.
-
-    Args:
-        objective: The loss that training steps on.
-        outputs_fn: The outputs and the loss as a function of them.
-        part: Some samples.
-
-    Raises:
-        ValueError: If values or gradients differ by more than rounding.
-        TypeError: If `outputs_fn` does not return a tensor and a function.
     """
     loss = gradient_graph(objective, part, create_graph=False)
     if not bool(torch.isfinite(loss.loss)):
@@ -172,7 +145,7 @@ _NAMES = ", ".join(f"F.{each.__name__}" for each in _LOSSES)
 _LINKS = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
 
 
-class _Watch(TorchFunctionMode):
+class _Calls(TorchFunctionMode):
     """Notes the calls of loss functions and of log_softmax."""
 
     def __init__(self) -> None:
@@ -193,15 +166,7 @@ class _Watch(TorchFunctionMode):
 
 
 def check_operator(operator: str, outputs_fn: object) -> None:
-    """Refuses operators that there are not.
-
-    Args:
-        operator: `"hessian"` or `"ggn"`.
-        outputs_fn: What names the outputs, for `"ggn"`; or None.
-
-    Raises:
-        ValueError: If the operator is unknown, or does not ask for outputs that are given.
-    """
+    """Refuses operators that there are not."""
     if operator not in ("hessian", "ggn"):
         raise ValueError(f"operator={operator!r} is unknown: use 'hessian', or 'ggn' for the Gauss-Newton matrix.")
     if outputs_fn is not None and operator == "hessian":
@@ -211,20 +176,7 @@ def check_operator(operator: str, outputs_fn: object) -> None:
 
 
 def curvature_of(operator: Kind, outputs_fn: OutputsFn | None, objective: Objective, batch_size: int) -> Curvature:
-    """The matrix that an operator's name stands for.
-
-    Args:
-        operator: `"hessian"` or `"ggn"`.
-        outputs_fn: Names the outputs for `"ggn"`; None: they are discovered.
-        objective: The loss. For `"ggn"` its outputs are checked on a batch; one sample tells no mean from a sum.
-        batch_size: Samples of that batch.
-
-    Returns:
-        The curvature.
-
-    Raises:
-        ValueError: If the outputs cannot be found, or their criterion is not the loss.
-    """
+    """The matrix that an operator's name stands for; the outputs of `"ggn"` are checked on a batch."""
     check_operator(operator, outputs_fn)
     if operator == "hessian":
         return HESSIAN
@@ -249,12 +201,6 @@ def gauss_newton(outputs_fn: OutputsFn) -> Curvature:
     (2.0) for a transformer, and no less than the Hessian's for convolutions: 2.0 to 2.5, 2.2 to 4 with batch norm in
     train mode. By differences 2.3 to 3.5. Building the graph costs what the Hessian's costs.
 
-    Args:
-        outputs_fn: The outputs and the loss as a function of them (`discovered_outputs`, `check_outputs`).
-
-    Returns:
-        The curvature; gradients and losses of the operator are those of the criterion.
-
     Source: Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*, 2002.
     """
     return Curvature(partial(_linearised, outputs_fn), _product, partial(_difference, outputs_fn))
@@ -270,11 +216,11 @@ class _Linearised(Graph):
     slope: Tensor  # dl/dz with its graph, which ends at the leaf
 
 
-def _evaluated(outputs_fn: OutputsFn, objective: Objective, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+def evaluated_outputs(outputs_fn: OutputsFn, objective: Objective, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs with their graph, without it, and the loss as a function of the latter."""
-    batch = objective.load(part)
+    data = objective.load(part)
     objective.prepare(part)
-    found = outputs_fn(objective.module, batch)
+    found = outputs_fn(objective.module, data)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and callable(found[1])):
         raise TypeError(
             f"outputs_fn returned a {type(found).__name__}, not a tensor of outputs and a function of it, so there is "
@@ -288,15 +234,15 @@ def _evaluated(outputs_fn: OutputsFn, objective: Objective, part: Part) -> tuple
 
 def _linearised(outputs_fn: OutputsFn, objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
     """Evaluates one part and its gradient J'u at u = dl/dz, the latter as a function of u where asked for."""
-    network, leaf, loss = _evaluated(outputs_fn, objective, part)
+    network, leaf, loss = evaluated_outputs(outputs_fn, objective, part)
     if not network.requires_grad:
-        return constant_graph(objective, loss.detach())
-    slope = _slope(loss, leaf)
+        return Graph.constant(objective, loss.detach())
+    slope = slope_of(loss, leaf)
     direction = slope.detach().requires_grad_()
     pulled = torch.autograd.grad(
         network, objective.parameters, direction, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
-    gradient = flattened(pulled, objective.parameters, krylov_dtype(objective))
+    gradient = flattened(pulled, objective.parameters, objective.like.dtype)
     places = [place for place, each in enumerate(pulled) if each is not None and create_graph]
     outputs = [pulled[place] for place in places]
     return _Linearised(
@@ -304,7 +250,7 @@ def _linearised(outputs_fn: OutputsFn, objective: Objective, part: Part, *, crea
     )
 
 
-def _slope(loss: Tensor, leaf: Tensor) -> Tensor:
+def slope_of(loss: Tensor, leaf: Tensor) -> Tensor:
     """dl/dz with its graph."""
     if not loss.requires_grad:
         return torch.zeros_like(leaf)
@@ -325,11 +271,8 @@ def _difference(
     outputs_fn: OutputsFn, objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0
 ) -> Tensor:
     """(P,) G v with a central difference of the outputs for J v."""
-
-    def outputs() -> Tensor:
-        return _evaluated(outputs_fn, objective, part)[0].detach()
-
-    image = central_difference(objective, outputs, vector, length=length)
+    evaluated = partial(evaluated_outputs, outputs_fn, objective, part)
+    image = central_difference(objective, lambda: evaluated()[0].detach(), vector, length=length)
     graph = _linearised(outputs_fn, objective, part, create_graph=False)
     return _pulled_back(objective, graph, image, vector, keep=False)
 
@@ -341,57 +284,3 @@ def _pulled_back(objective: Objective, graph: Graph, image: Tensor, vector: Tens
     (curved,) = torch.autograd.grad(graph.slope, graph.leaf, image, retain_graph=keep)
     pieces = torch.autograd.grad(graph.network, objective.parameters, curved, retain_graph=keep, allow_unused=True)
     return flattened(pieces, objective.parameters, vector.dtype)
-
-
-# ---- Jacobians of small batches --------------------------------------------------------------------------------------
-
-
-def ntk(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> Tensor:
-    r"""The neural tangent kernel over the batch size, :math:`J J^\top / b`, for every pair of m = b d_z outputs.
-
-    Its nonzero eigenvalues are those of :math:`J^\top J / b`. They are G's exactly for half the squared error, summed
-    over the outputs and averaged over the samples; :class:`torch.nn.MSELoss` has G = 2 / d_z times this. For cross
-    entropy the kernel lacks the softmax's curvature, which is 1/2 at most.
-
-    Cost: about m gradients of the batch (64 rows at a time); holds m x P numbers.
-
-    Args:
-        objective: The network and its source.
-        batch: One batch; its parts' weights do not enter.
-        outputs_fn: The outputs; their criterion does not enter.
-
-    Returns:
-        (m, m) float64.
-
-    Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, appendix D.
-    """
-    rows, _ = jacobian(objective, batch, outputs_fn)
-    return rows @ rows.T / sum(part.size for part in batch)
-
-
-def jacobian(objective: Objective, batch: Batch, outputs_fn: OutputsFn) -> tuple[Tensor, Tensor]:
-    """The (m, P) Jacobian of all outputs, and the (m, m) weighted Hessian of the criteria, float64."""
-    jacobians, hessians = [], []
-    for part in batch:
-        network, leaf, loss = _evaluated(outputs_fn, objective, part)
-        jacobians.append(_rows(network, objective.parameters))
-        hessians.append(part.weight * _rows(_slope(loss, leaf), [leaf]))
-    return torch.cat(jacobians), torch.block_diag(*hessians)
-
-
-def _rows(values: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """(m, n) Jacobian of m numbers, many rows in one backward pass where all layers allow it."""
-    if not values.requires_grad:
-        return values.new_zeros(values.numel(), sum(real(each).numel() for each in inputs), dtype=torch.float64)
-    basis = torch.eye(values.numel(), dtype=values.dtype, device=values.device).reshape(-1, *values.shape)
-    pulled = partial(torch.autograd.grad, values, inputs, retain_graph=True, materialize_grads=True)
-
-    def together(rows: Tensor) -> Tensor:
-        pieces = zip(pulled(rows, is_grads_batched=True), inputs, strict=True)
-        shaped = [real(piece.expand(len(rows), *each.shape)).reshape(len(rows), -1) for piece, each in pieces]
-        return torch.cat(shaped, dim=1).double()
-
-    try:
-        return torch.cat([together(rows) for rows in basis.split(_ROWS)])
-    except RuntimeError:  # vmap refuses GroupNorm and sparse gradients, among others
-        return torch.stack([flattened(pulled(row), inputs, torch.float64) for row in basis])

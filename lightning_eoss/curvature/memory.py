@@ -15,14 +15,8 @@ _ROOT = Path("/")
 
 
 def memory_budget(device: torch.device) -> float:
-    """What graphs, cached batches and Krylov vectors may take each: together at most a quarter of what is free.
-
-    Args:
-        device: Where the parameters are.
-
-    Returns:
-        Bytes, a power of two: what else runs on the machine shall not show in the last bits of a sharpness.
-    """
+    """Bytes that graphs, cached samples and Krylov vectors may take each, a quarter of what is free together."""
+    # A power of two: what else runs on the machine shall not show in the last bits of a sharpness.
     return 2.0 ** math.floor(math.log2(max(_LEAST, _PART * _free(device))))
 
 

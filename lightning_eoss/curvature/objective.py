@@ -1,9 +1,10 @@
 """The loss of a batch as a function of the parameters, the same bits each time."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,11 +16,7 @@ from lightning_eoss.isolation.isolate import Isolation
 
 
 def scalar(loss: Any) -> Tensor:
-    """The loss of a batch as a tensor without dimensions.
-
-    Raises:
-        ValueError: If it is not a scalar tensor.
-    """
+    """The loss of a batch as a tensor without dimensions."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
         raise ValueError(
@@ -37,6 +34,33 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def flattened(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One vector of all pieces, zeros where a piece is missing."""
+    pieces = [
+        torch.zeros_like(real(parameter), dtype=dtype).reshape(-1)
+        if tensor is None
+        else real((tensor.to_dense() if tensor.is_sparse else tensor).detach()).reshape(-1).to(dtype)
+        for tensor, parameter in zip(tensors, parameters, strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of a (..., P) vector in the shapes and dtypes of the parameters.
+
+    A view at an odd offset is none of complex numbers, which a network may ask of its gradients: there, it is a copy.
+    """
+    shapes = [real(parameter).shape for parameter in parameters]
+    pieces = vector.split([shape.numel() for shape in shapes], dim=-1)
+    copies = []
+    for piece, shape, parameter in zip(pieces, shapes, parameters, strict=True):
+        shaped = piece.reshape((*vector.shape[:-1], *shape))
+        odd = piece.storage_offset() % 2 != 0 or any(stride % 2 for stride in piece.stride()[:-1])
+        own = shaped.to(parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=odd)
+        copies.append(torch.view_as_complex(own) if parameter.is_complex() else own)
+    return copies
+
+
 LOADING = (
     "This came up while samples were loaded for a measurement, in the process that trains: what workers alone open (in "
     "a worker_init_fn) is not there. Open it where a sample is first asked for, or measure on other samples: batches "
@@ -46,20 +70,26 @@ LOADING = (
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Notes on errors that they came up while samples were loaded."""
+    """Marks errors that come up while samples are loaded."""
     try:
         yield
     except Exception as error:
         error.add_note(LOADING)
+        vars(error)["while_loading"] = True
         raise
+
+
+def while_loading(error: BaseException) -> bool:
+    """Whether it came up while samples were loaded."""
+    return "while_loading" in vars(error)
 
 
 @dataclass
 class BatchCache:
-    """Batches on the device, kept for the next pass while they fit."""
+    """Samples on the device, kept for the next pass while they fit."""
 
     limit: float = 2.0**30  # bytes
-    batches: dict[Part, Any] = field(default_factory=dict, repr=False)
+    kept: dict[Part, Any] = field(default_factory=dict, repr=False)
     held: int = 0  # bytes
     # All that was ever loaded: samples, bytes, and seconds that it took.
     loaded: int = 0
@@ -67,27 +97,19 @@ class BatchCache:
     seconds: float = 0.0
 
     def get(self, part: Part, load: Callable[[], Any]) -> Any:
-        """A part's samples, loaded where they are not there yet; never twice the same object.
-
-        Args:
-            part: Which samples, and the seed that they are loaded with.
-            load: Loads them.
-
-        Returns:
-            The batch.
-        """
+        """A part's samples, loaded where they are not there yet; never twice the same object."""
         key = replace(part, weight=1.0)
-        if key not in self.batches:
+        if key not in self.kept:
             began = time.perf_counter()
-            batch = load()
+            data = load()
             self.seconds += time.perf_counter() - began
             self.loaded += part.size
-            self.read += num_bytes(batch)
-            if self.held + num_bytes(batch) > self.limit:
-                return batch
-            self.batches[key] = batch
-            self.held += num_bytes(batch)
-        return copied(self.batches[key])
+            self.read += (read := num_bytes(data))
+            if self.held + read > self.limit:
+                return data
+            self.kept[key] = data
+            self.held += read
+        return copied(self.kept[key])
 
 
 @dataclass
@@ -125,6 +147,14 @@ class Objective:
         return sum(real(parameter).numel() for parameter in self.parameters)
 
     @property
+    def like(self) -> Tensor:
+        """An empty vector with the device and dtype of Krylov vectors: the parameters' precision, float32 at least."""
+        dtypes = (parameter.dtype.to_real() for parameter in self.parameters)
+        return torch.empty(
+            0, dtype=reduce(torch.promote_types, dtypes, torch.float32), device=self.parameters[0].device
+        )
+
+    @property
     def rounding(self) -> float:
         """Relative rounding error of the coarsest parameters."""
         return max(float(torch.finfo(parameter.dtype).eps) for parameter in self.parameters)
@@ -142,14 +172,10 @@ class Objective:
         return self.cache.get(part, load)
 
     def evaluate(self, part: Part) -> Tensor:
-        """The loss of one part, with its graph.
-
-        Raises:
-            ValueError: If the loss is not a scalar tensor.
-        """
-        batch = self.load(part)
+        """The loss of one part, with its graph."""
+        data = self.load(part)
         self.prepare(part)
-        return self.scaled(self.loss(batch))
+        return self.scaled(self.loss(data))
 
     def scaled(self, loss: Any) -> Tensor:
         """The loss of a batch as the optimizer steps on it, a scalar."""

@@ -10,30 +10,36 @@ What torch cannot differentiate twice is served by central differences of gradie
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from lightning_eoss.curvature.batches import Batch, Part
-from lightning_eoss.curvature.objective import Objective, real
+from lightning_eoss.curvature.objective import Objective, flattened, real, unflattened
+from lightning_eoss.curvature.workers import ALONE, Workers
 from lightning_eoss.linalg.lanczos import Matvec
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Coordinates:
     """The coordinates of an operator."""
 
     limits: Tensor | None = None  # (P,) the diagonal of D; None: 1
     weight_decay: Tensor | None = None  # (P,) the diagonal of W; None: 0
+
+    @staticmethod
+    def of(parameters: Sequence[Tensor], pairs: Mapping[int, Sequence[Any]], like: Tensor) -> "Coordinates":
+        """From pairs (limit, weight decay) by the parameters' ids, numbers or tensors; what has none never moves."""
+        found = [(like.new_ones(real(each).shape), *pairs.get(id(each), (math.inf, 0.0))) for each in parameters]
+        columns = ([(ones * pair[which]).detach().reshape(-1) for ones, *pair in found] for which in (0, 1))
+        return Coordinates(*map(torch.cat, columns))
 
     @cached_property
     def factors(self) -> Tensor | None:
@@ -45,21 +51,14 @@ class Scaling:
         factors = self.factors
         return vectors if factors is None else vectors * factors
 
+    def product(self, vectors: Tensor, hessian: Matvec) -> Tensor:
+        """D^{-1/2} (H + W) D^{-1/2} times the rows of `vectors`."""
+        plain = self.applied(vectors)
+        image = hessian(plain)
+        return self.applied(image if self.weight_decay is None else image + self.weight_decay * plain)
 
-class Operator(Protocol):
-    """Symmetric operators of B batches."""
 
-    def matvec(self, vectors: Tensor) -> Tensor:
-        """``(B, P) -> (B, P)``, row by row."""
-
-    def restrict(self, rows: Sequence[int]) -> Matvec:
-        """The product for these rows alone."""
-
-    def gradients(self) -> Tensor:
-        """(B, P) gradients of the batches' losses in the operator's coordinates, D^{-1/2} g."""
-
-    def losses(self) -> Tensor:
-        """(B,) losses of the batches."""
+PLAIN = Coordinates()
 
 
 @dataclass
@@ -72,63 +71,23 @@ class Graph:
     places: list[int]  # which parameters they belong to
     depends: bool = True  # whether the loss has a graph at all
 
-
-def krylov_dtype(objective: Objective) -> torch.dtype:
-    """The parameters' own precision, float32 at least."""
-    widest = torch.float32
-    for parameter in objective.parameters:
-        widest = torch.promote_types(widest, parameter.dtype.to_real())
-    return widest
-
-
-def krylov_like(objective: Objective) -> Tensor:
-    """An empty vector with the dtype and device of Krylov vectors."""
-    return torch.empty(0, dtype=krylov_dtype(objective), device=objective.parameters[0].device)
-
-
-def flattened(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One vector of all pieces, zeros where a piece is missing."""
-    pieces = [
-        torch.zeros_like(real(parameter), dtype=dtype).reshape(-1)
-        if tensor is None
-        else real((tensor.to_dense() if tensor.is_sparse else tensor).detach()).reshape(-1).to(dtype)
-        for tensor, parameter in zip(tensors, parameters, strict=True)
-    ]
-    return torch.cat(pieces)
-
-
-def unflattened(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of a (..., P) vector in the shapes and dtypes of the parameters.
-
-    A view at an odd offset is none of complex numbers, which a network may ask of its gradients: there, it is a copy.
-    """
-    shapes = [real(parameter).shape for parameter in parameters]
-    pieces = vector.split([shape.numel() for shape in shapes], dim=-1)
-    copies = []
-    for piece, shape, parameter in zip(pieces, shapes, parameters, strict=True):
-        shaped = piece.reshape((*vector.shape[:-1], *shape))
-        odd = piece.storage_offset() % 2 != 0 or any(stride % 2 for stride in piece.stride()[:-1])
-        own = shaped.to(parameter.dtype.to_real(), memory_format=torch.contiguous_format, copy=odd)
-        copies.append(torch.view_as_complex(own) if parameter.is_complex() else own)
-    return copies
+    @staticmethod
+    def constant(objective: Objective, loss: Tensor) -> "Graph":
+        """What stands in for the graph of a loss that depends on no parameter."""
+        nothing = objective.like.new_zeros(objective.num_parameters)
+        return Graph(loss, nothing + 0 * loss, [], [], depends=False)  # NaN stays NaN
 
 
 def gradient_graph(objective: Objective, part: Part, *, create_graph: bool = True) -> Graph:
     """Evaluates one part and its gradient."""
-    parameters, dtype = objective.parameters, krylov_dtype(objective)
-    loss = objective.evaluate(part)
+    parameters, loss = objective.parameters, objective.evaluate(part)
     if not loss.requires_grad:
-        return constant_graph(objective, loss.detach())
+        return Graph.constant(objective, loss.detach())
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     places = [place for place, each in enumerate(gradients) if create_graph and each is not None and each.requires_grad]
     objective.memory.note()
-    return Graph(loss.detach(), flattened(gradients, parameters, dtype), [gradients[place] for place in places], places)
-
-
-def constant_graph(objective: Objective, loss: Tensor) -> Graph:
-    """What stands in for the graph of a loss that depends on no parameter."""
-    nothing = flattened([None] * len(objective.parameters), objective.parameters, krylov_dtype(objective))
-    return Graph(loss, nothing + 0 * loss, [], [], depends=False)  # NaN stays NaN
+    gradient = flattened(gradients, parameters, objective.like.dtype)
+    return Graph(loss.detach(), gradient, [gradients[place] for place in places], places)
 
 
 def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep: bool) -> Tensor:
@@ -144,11 +103,8 @@ def hessian_product(objective: Objective, graph: Graph, vector: Tensor, *, keep:
 
 def difference_product(objective: Objective, part: Part, vector: Tensor, *, length: float = 1.0) -> Tensor:
     r"""(P,) :math:`(\nabla L(\theta + \epsilon v) - \nabla L(\theta - \epsilon v)) / 2\epsilon`."""
-
-    def gradient() -> Tensor:
-        return gradient_graph(objective, part, create_graph=False).gradient
-
-    return central_difference(objective, gradient, vector, length=length)
+    function = partial(gradient_graph, objective, part, create_graph=False)
+    return central_difference(objective, lambda: function().gradient, vector, length=length)
 
 
 @contextmanager
@@ -214,10 +170,10 @@ class Sequential:
 
     objective: Objective
     batches: Sequence[Batch]
-    scaling: Scaling = Scaling()
+    coordinates: Coordinates = PLAIN
     graph_slots: int = 32
     differences: bool = False
-    reduce: Reduce = lambda total: total
+    workers: Workers = ALONE
     curvature: Curvature = HESSIAN
     _graphs: dict[tuple[int, int], Graph] = field(default_factory=dict, repr=False)
 
@@ -234,7 +190,7 @@ class Sequential:
     def gradients(self) -> Tensor:
         """(B, P) gradients in the operator's coordinates."""
         gradients = [self._sum(row, lambda graph: graph.gradient) for row in range(len(self.batches))]
-        return self.scaling.applied(torch.stack(gradients))
+        return self.coordinates.applied(torch.stack(gradients))
 
     def losses(self) -> Tensor:
         """(B,) losses."""
@@ -243,10 +199,10 @@ class Sequential:
     def _product(self, vectors: Tensor, rows: Sequence[int]) -> Tensor:
         """Products of some rows."""
 
-        def plain_products(plain: Tensor) -> Tensor:
+        def products(plain: Tensor) -> Tensor:
             return torch.stack([self._row(row, vector) for row, vector in zip(rows, plain, strict=True)])
 
-        return scaled_product(vectors, self.scaling, plain_products)
+        return self.coordinates.product(vectors, products)
 
     def _row(self, row: int, vector: Tensor) -> Tensor:
         """Curvature of one batch times a vector."""
@@ -258,13 +214,12 @@ class Sequential:
                 graph, kept = self._graph(row, index)
                 product = self.curvature.product(self.objective, graph, vector, keep=kept)
             total.add_(product, alpha=part.weight)
-        return self.reduce(total)
+        return self.workers.sum(total)
 
     def _sum(self, row: int, what: Callable[[Graph], Tensor]) -> Tensor:
         """Weighted sum over the parts of one batch."""
-        parts = self.batches[row]
-        terms = [part.weight * what(self._graph(row, index)[0]) for index, part in enumerate(parts)]
-        return self.reduce(torch.stack(terms).sum(0))
+        terms = [part.weight * what(self._graph(row, index)[0]) for index, part in enumerate(self.batches[row])]
+        return self.workers.sum(torch.stack(terms).sum(0))
 
     def _graph(self, row: int, index: int) -> tuple[Graph, bool]:
         """The graph of one part, and whether it is kept."""
@@ -275,13 +230,6 @@ class Sequential:
                 return graph, False
             self._graphs[key] = graph
         return self._graphs[key], True
-
-
-def scaled_product(vectors: Tensor, scaling: Scaling, hessian: Matvec) -> Tensor:
-    """D^{-1/2} (H + W) D^{-1/2} times the rows of `vectors`."""
-    plain = scaling.applied(vectors)
-    product = hessian(plain)
-    return scaling.applied(product if scaling.weight_decay is None else product + scaling.weight_decay * plain)
 
 
 @dataclass
@@ -295,21 +243,19 @@ class Stacked:
 
     objective: Objective
     batches: Sequence[Batch]  # of equally many parts, which have the same sizes
-    scaling: Scaling = Scaling()
-    reduce: Reduce = lambda total: total
+    coordinates: Coordinates = PLAIN
+    workers: Workers = ALONE
     _parameters: list[Tensor] = field(init=False, repr=False)
     _gradients: list[Tensor] = field(init=False, repr=False)
     _losses: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        rows, own = len(self.batches), self.objective.parameters
-        self._parameters = [each.detach().expand(rows, *each.shape).requires_grad_() for each in own]
-        losses = torch.vmap(loss_at(self.objective), randomness="different")
+        self._parameters, losses = copies(self.objective, len(self.batches))
         terms = []
         for parts in zip(*self.batches, strict=True):
-            batch = _stacked([self.objective.load(part) for part in parts])
+            data = _stacked([self.objective.load(part) for part in parts])
             self.objective.prepare(parts[0])
-            terms.append(parts[0].weight * losses(self._parameters, batch))
+            terms.append(parts[0].weight * losses(self._parameters, data))
         total = torch.stack(terms).sum(0)
         self._losses = total.detach()
         self._gradients = list(torch.autograd.grad(total.sum(), self._parameters, create_graph=True))
@@ -317,35 +263,33 @@ class Stacked:
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """``(B, P) -> (B, P)``, row by row."""
-        return scaled_product(vectors, self.scaling, self._hessian)
+        return self.coordinates.product(vectors, self._hessian)
 
     def restrict(self, rows: Sequence[int]) -> Matvec:
         """The product for these rows alone."""
         if 2 * len(rows) <= len(self.batches):
             chosen = [self.batches[row] for row in rows]
-            return Stacked(self.objective, chosen, self.scaling, self.reduce).matvec
+            return Stacked(self.objective, chosen, self.coordinates, self.workers).matvec
         index = torch.tensor(rows, device=self._losses.device)
         full = len(self.batches)
         return lambda some: self.matvec(some.new_zeros(full, some.shape[1]).index_copy(0, index, some))[index]
 
     def gradients(self) -> Tensor:
         """(B, P) gradients in the operator's coordinates."""
-        gradients = self._flattened(self._gradients, krylov_dtype(self.objective))
-        return self.scaling.applied(self.reduce(gradients))
+        return self.coordinates.applied(self.workers.sum(rows_of(self._gradients, self.objective.like.dtype)))
 
     def losses(self) -> Tensor:
         """(B,) losses."""
-        return self.reduce(self._losses)
+        return self.workers.sum(self._losses)
 
     def _hessian(self, vectors: Tensor) -> Tensor:
         """Plain Hessian products of all rows."""
         pieces = unflattened(vectors, self.objective.parameters)
         products = torch.autograd.grad(self._gradients, self._parameters, pieces, retain_graph=True)
-        return self.reduce(self._flattened(products, vectors.dtype))
+        return self.workers.sum(rows_of(products, vectors.dtype))
 
-    def _flattened(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(B, P) of pieces (B, ...)."""
-        return torch.cat([real(piece.detach()).reshape(len(self.batches), -1).to(dtype) for piece in pieces], dim=1)
+
+Operator = Sequential | Stacked  # symmetric operators of B batches
 
 
 def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: float = 1e-3) -> bool:
@@ -364,8 +308,8 @@ def agrees_when_stacked(objective: Objective, batches: Sequence[Batch], *, tol: 
     return bool(difference < tol)
 
 
-def loss_at(objective: Objective) -> Callable[[Sequence[Tensor], Any], Tensor]:
-    """The loss of a batch at other parameters, which are given in the order of the objective's.
+def copies(objective: Objective, count: int) -> tuple[list[Tensor], Callable[[Sequence[Tensor], Any], Tensor]]:
+    """The parameters expanded to (count, ...), and the losses of as many stacked batches, each at its own copy.
 
     A module counts under one of its names, whatever else it is called: `functional_call` would take what the first name
     has put there for what is to be put back under the second. A parameter of several modules is put into each.
@@ -378,12 +322,18 @@ def loss_at(objective: Objective) -> Callable[[Sequence[Tensor], Any], Tensor]:
         if id(parameter) in places
     ]
 
-    def loss(parameters: Sequence[Tensor], batch: Any) -> Tensor:
+    def loss(parameters: Sequence[Tensor], data: Any) -> Tensor:
         given = {name: parameters[place] for name, place in names}
-        found: Tensor = functional_call(loss_of, given, (batch,), tie_weights=False)
+        found: Tensor = functional_call(loss_of, given, (data,), tie_weights=False)
         return found
 
-    return loss
+    expanded = [each.detach().expand(count, *each.shape).requires_grad_() for each in objective.parameters]
+    return expanded, torch.vmap(loss, randomness="different")
+
+
+def rows_of(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(B, P) of pieces (B, ...)."""
+    return torch.cat([real(piece.detach()).reshape(len(piece), -1).to(dtype) for piece in pieces], dim=1)
 
 
 class _LossOf(nn.Module):
@@ -394,17 +344,12 @@ class _LossOf(nn.Module):
         self.module = objective.module
         self.objective = objective
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, data: Any) -> Tensor:
         """The loss as a scalar."""
-        return self.objective.scaled(self.objective.loss(batch))
+        return self.objective.scaled(self.objective.loss(data))
 
 
-def _stacked(batches: Sequence[Any]) -> Any:
-    """Batches of one structure as one, their tensors stacked along a new first dimension."""
-    leaves, specs = zip(*(tree_flatten(batch) for batch in batches), strict=True)
-    if any(spec != specs[0] for spec in specs):
-        raise ValueError("batches differ in structure")
-    columns = list(zip(*leaves, strict=True))
-    if not all(isinstance(leaf, Tensor) for column in columns for leaf in column):
-        raise ValueError("batches hold more than tensors")
-    return tree_unflatten([torch.stack(column) for column in columns], specs[0])
+def _stacked(data: Sequence[Any]) -> Any:
+    """The samples of several batches of one structure, their tensors stacked along a new first dimension."""
+    first, *others = data
+    return tree_map(lambda *leaves: torch.stack(leaves), first, *others)

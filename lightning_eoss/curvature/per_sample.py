@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_eoss.curvature.batches import Part, split
-from lightning_eoss.curvature.objective import Objective, real
-from lightning_eoss.curvature.operators import gradient_graph, krylov_dtype, loss_at
+from lightning_eoss.curvature.objective import Objective
+from lightning_eoss.curvature.operators import copies, gradient_graph, rows_of
 
 TOLERANCE = 1e-3  # of their mean against the part's own gradient, in units of their root mean square norm
 
@@ -25,82 +25,52 @@ def sample_gradients(objective: Objective, part: Part, at_once: int) -> Iterator
 
     Cost: what b P numbers take to be written: three gradients of the part for convolutions, up to fifty for wide linear
     layers on a CPU; b gradients where they are taken one after another.
-
-    Args:
-        objective: The loss, a mean over samples (`Findings.reduction == "mean"`); of others no sample has a loss.
-        part: The samples.
-        at_once: Gradients that are held together, at most.
-
-    Yields:
-        (at_once, P), in the Krylov dtype, in the order of the samples; the last block may be smaller.
     """
-    batch, size = objective.load(part), part.size
-    if not _is_cuttable(batch, size):
+    data, size = objective.load(part), part.size
+    if not _is_cuttable(data, size):
         for piece in split((part,), 1):  # no telling where one sample ends
             yield _alone(objective, piece)[None]
         return
     for first in range(0, size, at_once):
-        some = _cut(batch, first, min(first + at_once, size))
+        some = _cut(data, first, min(first + at_once, size))
         objective.prepare(part)
         try:
             rows = _together(objective, some)
         except Exception:  # vmap refuses in many ways, from within user code; one by one needs none of it
-            pieces = (_cut(batch, place, place + 1) for place in range(first, min(first + at_once, size)))
+            pieces = (_cut(data, place, place + 1) for place in range(first, min(first + at_once, size)))
             ready = (replace(part, weight=1.0, size=1, indices=(), data=piece) for piece in pieces)
             rows = torch.stack([_alone(objective, piece) for piece in ready])
         yield rows
 
 
 def vectorises(objective: Objective, part: Part) -> bool:
-    """Whether `vmap` takes the samples of a part all at once; else each costs a gradient of its own.
-
-    Args:
-        objective: The loss.
-        part: The samples, of which two are tried.
-
-    Returns:
-        Whether it does.
-    """
-    batch = objective.load(part)
-    if not _is_cuttable(batch, part.size):
+    """Whether `vmap` takes the samples of a part all at once; else each costs a gradient of its own."""
+    data = objective.load(part)
+    if not _is_cuttable(data, part.size):
         return False
     objective.prepare(part)
     try:
-        _together(objective, _cut(batch, 0, 2))
+        _together(objective, _cut(data, 0, 2))
     except Exception:  # as above
         return False
     return True
 
 
 def is_mean(mean: Tensor, gradient: Tensor, mean_square: Tensor) -> bool:
-    """Whether gradients of samples belong to a batch.
-
-    Args:
-        mean: (P,) mean of the samples' gradients.
-        gradient: (P,) the gradient of their batch.
-        mean_square: Mean of their squared norms, a scalar.
-
-    Returns:
-        Whether the two agree but for rounding; never where something is not finite.
-    """
+    """Whether gradients of samples belong to a batch: never where something is not finite."""
     return bool((mean - gradient).norm() <= TOLERANCE * mean_square.sqrt())
 
 
-def _together(objective: Objective, batch: Any) -> Tensor:
+def _together(objective: Objective, data: Any) -> Tensor:
     """(b, P) by `vmap` over the samples, each a batch of one with parameters of its own.
 
     As `Stacked` does it. `torch.func.grad` would spare the copies of the parameters, and hangs for good where a loss
     writes one of its tensors to another's `.data`, as older code does for a teacher that is a moving average.
     """
-    loss, count, dtype = loss_at(objective), len(tree_leaves(batch)[0]), krylov_dtype(objective)
-    copies = [each.detach().expand(count, *each.shape).requires_grad_() for each in objective.parameters]
-
-    def loss_of_one(parameters: list[Tensor], sample: Any) -> Tensor:
-        return loss(parameters, tree_map(lambda leaf: leaf.unsqueeze(0), sample))
-
-    losses = torch.vmap(loss_of_one, randomness="different")(copies, batch)
-    gradients = torch.autograd.grad(losses.sum(), copies, allow_unused=True, materialize_grads=True)
-    return torch.cat([real(each).reshape(count, -1).to(dtype) for each in gradients], dim=1)
+    parameters, losses = copies(objective, len(tree_leaves(data)[0]))
+    total = losses(parameters, tree_map(lambda leaf: leaf.unsqueeze(1), data)).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    return rows_of(gradients, objective.like.dtype)
 
 
 def _alone(objective: Objective, piece: Part) -> Tensor:
@@ -108,11 +78,11 @@ def _alone(objective: Objective, piece: Part) -> Tensor:
     return gradient_graph(objective, piece, create_graph=False).gradient
 
 
-def _is_cuttable(batch: Any, size: int) -> bool:
+def _is_cuttable(data: Any, size: int) -> bool:
     """Whether samples lie along the first dimension, as far as can be seen."""
-    return all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size for leaf in tree_leaves(batch))
+    return all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size for leaf in tree_leaves(data))
 
 
-def _cut(batch: Any, first: int, last: int) -> Any:
+def _cut(data: Any, first: int, last: int) -> Any:
     """Some samples of a batch of tensors."""
-    return tree_map(lambda leaf: leaf[first:last].clone(), batch)
+    return tree_map(lambda leaf: leaf[first:last].clone(), data)

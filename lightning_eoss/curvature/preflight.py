@@ -16,8 +16,8 @@ from torch.autograd.function import BackwardCFunction
 from lightning_eoss.curvature.batches import Part, num_bytes, random_batches
 from lightning_eoss.curvature.derivatives import Doubt, doubt, nodes_of
 from lightning_eoss.curvature.memory import out_of_memory
-from lightning_eoss.curvature.objective import Objective, real
-from lightning_eoss.curvature.operators import Graph, Sequential, agrees_when_stacked, flattened, gradient_graph
+from lightning_eoss.curvature.objective import Objective, flattened, real
+from lightning_eoss.curvature.operators import Graph, Sequential, agrees_when_stacked, gradient_graph
 
 Reduction = Literal["mean", "sum", "other"]
 
@@ -41,25 +41,17 @@ def reduction(objective: Objective, *, seed: int = 0, most: int = FEW) -> Reduct
     contrastive losses, dropout, random crops) shows as `"other"`: there, a batch must not be split, and means over
     batches are not the full batch's.
 
-    Cost: three gradients of up to 32 samples.
-
-    Args:
-        objective: The loss and its source.
-        seed: Seed of the samples.
-        most: Samples of the union; fewer where memory does not hold them.
-
-    Returns:
-        `"mean"` where loss(A + B) = (a loss(A) + b loss(B)) / (a + b) for values and gradients, `"sum"` where it is
-        loss(A) + loss(B), else `"other"`.
+    `"mean"` is where loss(A + B) = (a loss(A) + b loss(B)) / (a + b) for values and gradients, `"sum"` where it is
+    loss(A) + loss(B). Cost: three gradients of up to 32 samples.
     """
     num_samples = min(most, objective.source.num_samples)
     if not objective.source.divisible or num_samples < 3:
         return "other"
-    (whole,) = next(random_batches(objective.source, num_samples, seed=seed))
+    (union,) = next(random_batches(objective.source, num_samples, seed=seed))
     cut = num_samples // 3  # unequal halves tell a mean of means from a mean
-    halves = (replace(whole, size=len(each), indices=each) for each in (whole.indices[:cut], whole.indices[cut:]))
+    halves = (replace(union, size=len(each), indices=each) for each in (union.indices[:cut], union.indices[cut:]))
     try:
-        both, one, two = (gradient_graph(objective, part, create_graph=False) for part in (whole, *halves))
+        both, one, two = (gradient_graph(objective, part, create_graph=False) for part in (union, *halves))
     except (RuntimeError, ValueError) as error:
         if not out_of_memory(error):
             return "other"  # a model that refuses odd batch sizes; a real defect will raise again in the measurement
@@ -73,8 +65,8 @@ def reduction(objective: Objective, *, seed: int = 0, most: int = FEW) -> Reduct
     def combines(of_one: float, of_two: float) -> bool:
         """Whether the union's loss and gradient are this combination of the parts'."""
         triples = ((both.loss, one.loss, two.loss), (both.gradient, one.gradient, two.gradient))
-        differences = (whole - of_one * first - of_two * second for whole, first, second in triples)
-        sizes = (max(whole.norm(), second.norm()) for whole, _, second in triples)
+        differences = (total - of_one * first - of_two * second for total, first, second in triples)
+        sizes = (max(total.norm(), second.norm()) for total, _, second in triples)
         return all(bool(each.norm() <= tolerance * size) for each, size in zip(differences, sizes, strict=True))
 
     if combines(cut / num_samples, 1 - cut / num_samples):
@@ -107,23 +99,11 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
 
     Cost: some ten gradients and five products of one batch of at most 32 samples (of `batch_size` where the loss is no
     sample mean).
-
-    Args:
-        objective: The loss and its source.
-        batch_size: Samples of one loader batch.
-        parts: Loader batches of one optimizer step.
-        seed: Seed of the samples that are tried.
-
-    Returns:
-        The findings.
-
-    Raises:
-        ValueError: If the loss is no scalar, or if its gradient cannot be had without `backward`.
     """
     kind = reduction(objective, seed=seed)
     size = min(batch_size, FEW) if kind == "mean" else batch_size
     (part,) = next(random_batches(objective.source, size, seed=seed))
-    graph = _whole_graph(objective, part)
+    graph = _complete_graph(objective, part)
     if not bool(torch.isfinite(graph.loss)):
         return Findings(kind, False, False, 0.0, 0.0, (_NOT_FINITE,))
     if not graph.depends:
@@ -149,7 +129,7 @@ def preflight(objective: Objective, batch_size: int, *, parts: int = 1, seed: in
     )
 
 
-def _whole_graph(objective: Objective, part: Part) -> Graph:
+def _complete_graph(objective: Objective, part: Part) -> Graph:
     """The gradient of one part, once it is known to be the one that `backward` finds."""
     try:
         graph = gradient_graph(objective, part)
@@ -178,7 +158,7 @@ def _whole_graph(objective: Objective, part: Part) -> Graph:
     sizes = [real(each).numel() for each in objective.parameters]
     noise = 10 * objective.rounding * float(found.norm())
     pairs = zip(found.split(sizes), graph.gradient.split(sizes), strict=True)
-    if any(float((whole - seen).norm()) > 0.1 * float(whole.norm()) + noise for whole, seen in pairs):
+    if any(float((true - seen).norm()) > 0.1 * float(true.norm()) + noise for true, seen in pairs):
         raise ValueError(_HIDDEN)
     return graph
 

@@ -1,27 +1,21 @@
 """From batches to eigenvalues: which operator serves them, where the recursion starts, how precise it has to be."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_eoss.curvature.batches import Batch, split
+from lightning_eoss.curvature.batches import Batch, full_batch, split
 from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import (
-    HESSIAN,
-    Curvature,
-    Operator,
-    Reduce,
-    Scaling,
-    Sequential,
-    Stacked,
-    krylov_like,
-)
+from lightning_eoss.curvature.operators import HESSIAN, PLAIN, Coordinates, Curvature, Operator, Sequential, Stacked
 from lightning_eoss.curvature.preflight import Findings
+from lightning_eoss.curvature.seeds import Use, derived_seed
+from lightning_eoss.curvature.workers import ALONE, Workers
+from lightning_eoss.linalg.density import random_probes
 from lightning_eoss.linalg.lanczos import LanczosResult, lanczos, random_start
 
 NUM_OUTLIERS = 10  # Ritz vectors of the full batch that go into the next start
@@ -64,7 +58,7 @@ def demand(plan: Plan, findings: Findings, objective: Objective) -> float:
     """Bytes of graphs, or of vectors, that a measurement would hold at once if it could."""
     there = objective.source.num_samples
     samples = max(_ROWS * plan.step_size, min(plan.full_batch_samples or there, there))
-    vector = krylov_like(objective).element_size() * objective.num_parameters
+    vector = objective.like.element_size() * objective.num_parameters
     return max(findings.graph_bytes * samples, float(MAX_STEPS * vector))
 
 
@@ -87,7 +81,7 @@ class WarmStart:
         """The same on the device of the parameters; nothing where it is of other parameters."""
         if self.top is None or self.top.numel() != objective.num_parameters:
             return WarmStart()
-        like = krylov_like(objective)
+        like = objective.like
         return replace(self, top=self.top.to(like), others=None if self.others is None else self.others.to(like))
 
     def after(self, result: LanczosResult, *, of_full: bool = False) -> "WarmStart":
@@ -101,6 +95,9 @@ class WarmStart:
         others = weights @ torch.nan_to_num(vectors)
         norm = float(torch.linalg.vector_norm(others))
         return WarmStart(vectors[0].clone(), others / norm if norm > 0 else None, of_full)
+
+
+COLD = WarmStart()
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,21 +138,34 @@ class Lead:
 
 @dataclass(frozen=True)
 class Solver:
-    """Everything that solving has in common within one measurement."""
+    """What a measurement is of, and how: the context of all of them."""
 
     objective: Objective
     plan: Plan
     findings: Findings
-    generator: torch.Generator
-    scaling: Scaling = field(default_factory=Scaling)
+    _: KW_ONLY
+    stream: int = 0  # number of the measurement; with the plan's seed it fixes all random numbers
+    coordinates: Coordinates = PLAIN
     curvature: Curvature = HESSIAN
-    reduce: Reduce = lambda total: total
-    decide: Callable[[Any], Any] = lambda decision: decision
+    workers: Workers = ALONE
+    generator: torch.Generator = field(default_factory=torch.Generator, repr=False)  # of starts and probes
+
+    def seed(self, use: Use, *more: int) -> int:
+        """The seed of one use of random numbers in this measurement."""
+        return derived_seed(self.plan.seed, use, self.stream, *more)
+
+    def drawing(self, use: Use) -> "Solver":
+        """The same with starts and probes of its own."""
+        return replace(self, generator=torch.Generator().manual_seed(self.seed(use)))
 
     @property
     def like(self) -> Tensor:
         """A vector with the Krylov dtype and device."""
-        return krylov_like(self.objective)
+        return self.objective.like
+
+    def probes(self, count: int) -> Tensor:
+        """(count, P) unit rows of random signs."""
+        return random_probes(count, self.objective.num_parameters, self.generator, like=self.like)
 
     @property
     def vector_bytes(self) -> int:
@@ -179,6 +189,12 @@ class Solver:
         """Samples of a chunk of the full batch."""
         return max(self.plan.batch_size, FULL_CHUNK) if self.findings.reduction == "mean" else self.plan.batch_size
 
+    def full_batch(self) -> Batch:
+        """All samples, or the fixed random subset that the plan allows, in chunks."""
+        source, plan = self.objective.source, self.plan
+        given: dict[str, Any] = {"max_samples": plan.full_batch_samples, "first": plan.first_samples}
+        return full_batch(source, self.chunk_size, seed=plan.seed, **given)
+
     @property
     def piece_size(self) -> int:
         """Samples whose graph fits the memory."""
@@ -194,13 +210,13 @@ class Solver:
             batches = [split(batch, self.piece_size) for batch in batches]
         stackable = self.findings.stacked and self.curvature is HESSIAN and len(batches) > 1
         if stackable and self._alike(batches):
-            return Stacked(self.objective, batches, self.scaling, self.reduce)
+            return Stacked(self.objective, batches, self.coordinates, self.workers)
         largest = max(part.size for batch in batches for part in batch)
         slots = int(self.plan.memory_bytes / (self.findings.graph_bytes * largest + self.vector_bytes))
         if all(len(batch) == 1 for batch in batches):
             slots = max(slots, len(batches))
         return Sequential(
-            self.objective, batches, self.scaling, slots, self.findings.differences, self.reduce, self.curvature
+            self.objective, batches, self.coordinates, slots, self.findings.differences, self.workers, self.curvature
         )
 
     def _alike(self, batches: Sequence[Batch]) -> bool:
@@ -213,9 +229,8 @@ class Solver:
     def solve(self, operator: Operator, starts: Tensor, **options: Any) -> LanczosResult:
         """Top eigenvalues of the operator's rows."""
         options = {"tol": self.plan.solver_tol, "min_steps": MIN_STEPS, "max_steps": MAX_STEPS, **options}
-        return lanczos(
-            operator.matvec, starts, restrict=operator.restrict, generator=self.generator, decide=self.decide, **options
-        )
+        given: dict[str, Any] = {"restrict": operator.restrict, "generator": self.generator}
+        return lanczos(operator.matvec, starts, decide=self.workers.decide, **given, **options)
 
     def solve_from_scratch(self, operator: Operator, num_rows: int) -> LanczosResult:
         """The same from random starts, each row from its own, and ten times as precisely.

@@ -18,7 +18,7 @@ from lightning_eoss.measurements.sharpness import SharpnessMeasurement
 from lightning_eoss.measurements.spectrum import Spectra
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, edge_ratio, eps_share
-from lightning_eoss.theory.statistics import Estimate, scaled, shifted
+from lightning_eoss.theory.statistics import Estimate, exact, scaled, shifted
 
 Numbers = dict[str, float | Estimate | None]  # by tag; None where nothing was measured
 _ENTRIES = 2**20  # of a preconditioner that medians and histograms are made of, at most
@@ -116,7 +116,7 @@ def reading(
 def _ratios(measurement: SharpnessMeasurement, limits: StabilityLimits, *, in_limits: bool) -> list[Estimate]:
     """MiniBS, directional sharpness and FullBS as edge ratios, (sharpness + W) / D."""
     full = measurement.full_batch.value
-    found = [measurement.mini_batch, measurement.directional, Estimate(full, 0.0, full, full)]
+    found = [measurement.mini_batch, measurement.directional, exact(full)]
     if in_limits:
         return found
     offset = edge_ratio(0.0, limits)

@@ -42,16 +42,6 @@ def isolated(module: nn.Module, objects: Iterable[Any] = ()) -> Iterator[Isolati
     Inside, gradients are enabled, parameters have no tensor hooks (they would scale gradients and curvature), autocast
     is off, attention runs on its math kernel and compiled code eagerly (neither can be differentiated twice otherwise).
 
-    Args:
-        module: The module that is evaluated, its submodules included.
-        objects: What else an evaluation may change: data sets, samplers, a datamodule, a collate function.
-
-    Yields:
-        An `Isolation`, to put everything back, or to seed it, between two evaluations.
-
-    Raises:
-        ValueError: At the end, if what happened inside changed parameters.
-
     Example:
         >>> layer = nn.BatchNorm1d(2)
         >>> with isolated(layer):

@@ -63,13 +63,6 @@ class Found:
 def reachable(roots: Iterable[Any]) -> Iterator[Found]:
     """Everything mutable that can be reached.
 
-    Args:
-        roots: Where to begin.
-
-    Yields:
-        Each thing once: containers (an object's `__dict__` among them), tensors, arrays, generators, cells of closures,
-        objects with slots.
-
     Example:
         >>> [type(each.value).__name__ for each in reachable([([1], {"a": [2]})])]
         ['list', 'dict', 'list']

@@ -80,11 +80,7 @@ class Snapshot:
         _put_back(self._often, for_good=False)
 
     def close(self) -> str | None:
-        """Puts everything back.
-
-        Returns:
-            What is wrong with an evaluation that changes parameters, if it did.
-        """
+        """Puts everything back; says what is wrong with an evaluation that changes parameters, if it did."""
         complaints = [words for words, note in self._watched if _put_back([note], for_good=True)]
         _put_back([*self._often, *self._late], for_good=True)
         return complaints[0] if complaints else None
@@ -273,10 +269,6 @@ def _generator(generator: Any) -> Note:
 
 def seed(generator: Any, number: int) -> None:
     """Seeds one generator object.
-
-    Args:
-        generator: One of `reachable.GENERATORS`.
-        number: The seed.
 
     Example:
         >>> generator = random.Random()

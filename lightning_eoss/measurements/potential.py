@@ -1,6 +1,7 @@
 """The random potential: how much the loss differs at a distance from the present weights, in random directions."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +13,10 @@ from torch.utils.data import default_collate
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.batches import Batch, full_batch
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import Sequential, krylov_like, movable, unflattened
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.objective import unflattened
+from lightning_eoss.curvature.operators import Sequential, movable
+from lightning_eoss.curvature.seeds import Use
+from lightning_eoss.curvature.solver import Plan, Solver
 from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.theory.random_matrix import gap_exponent
 from lightning_eoss.theory.statistics import UNKNOWN, Estimate, mean_estimate, moments
@@ -53,14 +55,14 @@ class RandomPotential:
         return len(lines)
 
 
-def random_potential(
+def measure_random_potential(
     model: nn.Module,
     loss_fn: Callable[[nn.Module, Any], Tensor],
     dataset: Any,
     *,
+    batch_size: int | None = None,
     distances: Sequence[float],
     num_directions: int = 100,
-    batch_size: int | None = None,
     full_batch_samples: int | None = 8192,
     seed: int = 0,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
@@ -81,9 +83,9 @@ def random_potential(
         model: The module, in the mode (train or eval) in which its loss is meant.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         dataset: A map-style data set or a sequence of samples.
+        batch_size: Samples of the chunks in which the data are evaluated; None: at most 1,024.
         distances: Distances z from the present weights, increasing.
         num_directions: Random directions for each distance.
-        batch_size: Samples of the chunks in which the data are evaluated; None: at most 1,024.
         full_batch_samples: The loss is that of a fixed random subset of this size; None: of all samples.
         seed: Fixes all random numbers.
         collate_fn: As a DataLoader's.
@@ -98,7 +100,7 @@ def random_potential(
         The loss w of one parameter: the only directions are up and down.
 
         >>> model = nn.Linear(1, 1, bias=False)
-        >>> found = random_potential(
+        >>> found = measure_random_potential(
         ...     model, lambda model, batch: model(batch).mean(), [torch.ones(1)], distances=[0.5, 2]
         ... )
         >>> [round(each.mean, 4) for each in found.rms], round(found.taylor_slope, 4)
@@ -106,7 +108,7 @@ def random_potential(
 
     Source: Hoffer, Hubara and Soudry, appendix B, equation (1) and Figure 1.
     """
-    checks.settings(full_batch_samples=full_batch_samples, seed=seed)
+    checks.arguments(seed=seed, full_batch_samples=full_batch_samples)
     checks.whole("num_directions", num_directions, 2, "has no scatter and no interval: take 2 at least, or 100.")
     for distance in distances:
         checks.number("distances", distance)
@@ -114,10 +116,11 @@ def random_potential(
     if not z or not all(0 < low < high for low, high in zip((1e-300, *z), (*z, math.inf), strict=True)):
         raise ValueError(f"distances={distances!r} must be positive, finite and increasing: they are drawn against.")
     size = min(1024, len(dataset)) if batch_size is None else batch_size
-    with standalone(model, loss_fn, dataset, collate_fn, batch_size=size, seed=seed) as (objective, _):
+    with standalone(model, loss_fn, dataset, Plan(size, seed=seed), collate_fn=collate_fn) as solver:
+        objective = solver.objective
         chunks = full_batch(objective.source, size, max_samples=full_batch_samples, seed=seed)
         gradient = Sequential(objective, [chunks], graph_slots=0, differences=True).gradients()
-        loss, *differences = _losses(objective, chunks, [0.0, *np.repeat(z, num_directions)], seed)
+        loss, *differences = _losses(solver.drawing(Use.POTENTIAL), chunks, [0.0, *np.repeat(z, num_directions)])
     rows = (torch.tensor(differences, dtype=torch.float64) - loss).reshape(len(z), num_directions)
     found = RandomPotential(
         distances=z,
@@ -134,15 +137,20 @@ def random_potential(
     return replace(found, rms_exponent=_exponent(found, found.rms), std_exponent=_exponent(found, found.std))
 
 
-def _losses(objective: Objective, chunks: Batch, distances: Sequence[float], seed: int) -> list[float]:
+def random_potential(*args: Any, **options: Any) -> RandomPotential:
+    """The former name of `measure_random_potential`, for one release."""
+    message = "random_potential is called measure_random_potential now, and will be gone with the next release."
+    warnings.warn(message, FutureWarning, stacklevel=2)
+    return measure_random_potential(*args, **options)
+
+
+def _losses(solver: Solver, chunks: Batch, distances: Sequence[float]) -> list[float]:
     """The loss at each of these distances, each in a direction of its own; the weights are put back, to the bit."""
-    like = krylov_like(objective)
-    generator = torch.Generator().manual_seed(derived_seed(seed, 11))
-    losses = []
+    objective, losses = solver.objective, list[float]()
     with movable(objective) as move, torch.no_grad():
         for distance in distances:
-            drawn = torch.randn(objective.num_parameters, generator=generator, dtype=like.dtype)
-            move(unflattened((drawn * (distance / drawn.norm())).to(like.device), objective.parameters))
+            drawn = torch.randn(objective.num_parameters, generator=solver.generator, dtype=solver.like.dtype)
+            move(unflattened((drawn * (distance / drawn.norm())).to(solver.like.device), objective.parameters))
             losses.append(sum(part.weight * float(objective.evaluate(part)) for part in chunks))
     return losses
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,32 +16,28 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.batches import full_batch
-from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator, Scaling
-from lightning_eoss.curvature.preflight import Findings
-from lightning_eoss.curvature.seeds import derived_seed
-from lightning_eoss.curvature.solver import NUM_OUTLIERS, Eigenvalue, Plan, Solver, WarmStart, top_eigenvalue
-from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn
+from lightning_eoss.curvature.operators import Operator
+from lightning_eoss.curvature.seeds import Use
+from lightning_eoss.curvature.solver import COLD, NUM_OUTLIERS, Eigenvalue, Plan, Solver, WarmStart, top_eigenvalue
+from lightning_eoss.linalg.density import SpectralDensity, spectral_density
 from lightning_eoss.linalg.lanczos import Matvec, lanczos
 from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.measurements.subspace import beyond, outlier_subspace
 from lightning_eoss.measurements.variance import hessian_variance
+from lightning_eoss.theory import random_matrix
 from lightning_eoss.theory.outlier_subspace import OutlierSubspace, predict_from_subspace
-from lightning_eoss.theory.random_matrix import (
-    eigenvector_overlap,
-    fit_batch_size_curve,
-    marchenko_pastur_outlier,
-    wigner_edge,
-    wigner_outlier,
-)
 from lightning_eoss.theory.statistics import UNKNOWN, Estimate, scaled, shifted
 
 DENSITY_STEPS, DENSITY_PROBES = 24, 3  # of the bulk, for its trace and rank
 VARIANCE_PROBES, VARIANCE_GROUPS = 10, 16
 _ALIKE = 1.5  # times, up to which a model's fluctuation along the top eigenvector counts as the measured one
 _ROOM = 0.05  # by which a theorem may miss the subspace's interval, relative
+_NO_MEAN = (
+    "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, class weights, "
+    "a sum, reduced precision, fewer than three samples), so nothing follows from the full batch for batches. Only "
+    "measuring helps."
+)
 _CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # batch sizes relative to the middle one, that the curve goes through
 
 
@@ -136,68 +132,37 @@ def predict_sharpness(
 
     Source: Granziol, Zohren and Roberts, Theorems 4, 7 and 10, with the corrections named in `theory.random_matrix`.
     """
-    checks.settings(full_batch_samples=full_batch_samples, seed=seed)
+    checks.arguments(seed=seed, full_batch_samples=full_batch_samples)
     for name, value, least in (("num_outliers", num_outliers, 1), ("num_groups", num_groups, 2)):
         checks.whole(name, value, least, f"must be at least {least}: nothing could be predicted from fewer.", none=True)
     if not isinstance(batch_sizes, Iterable) or not (batch_sizes := tuple(batch_sizes)):
         raise ValueError(f"batch_sizes={batch_sizes!r} must hold at least one batch size, as [32, 128] does.")
     for batch_size in batch_sizes:
         checks.batch_size_of_data(batch_size, len(dataset))
-    with standalone(model, loss_fn, dataset, collate_fn, batch_size=min(batch_sizes), seed=seed) as (objective, found):
-        memory = objective.cache.limit
-        plan = Plan(min(batch_sizes), full_batch_samples=full_batch_samples, seed=seed, memory_bytes=memory)
-        curvature = curvature_of(operator, outputs_fn, objective, max(batch_sizes))
-        given: dict[str, Any] = {"batch_sizes": batch_sizes, "num_groups": num_groups, "curvature": curvature}
-        return predict(objective, plan, found, WarmStart(), num_outliers=num_outliers, **given)
+    plan = Plan(min(batch_sizes), full_batch_samples=full_batch_samples, seed=seed)
+    given: dict[str, Any] = {"collate_fn": collate_fn, "operator": operator, "outputs_fn": outputs_fn}
+    with standalone(model, loss_fn, dataset, plan, **given) as solver:
+        return prediction(solver, batch_sizes=batch_sizes, num_groups=num_groups, num_outliers=num_outliers)
 
 
-def predict(
-    objective: Objective,
-    plan: Plan,
-    findings: Findings,
-    warm: WarmStart,
+def prediction(
+    solver: Solver,
+    warm: WarmStart = COLD,
     *,
     batch_sizes: Sequence[int],
     group_size: int = 1,
     num_groups: int | None = None,
     num_outliers: int = NUM_OUTLIERS,
-    stream: int = 0,
-    scaling: Scaling | None = None,
-    curvature: Curvature = HESSIAN,
 ) -> SharpnessPrediction:
-    """Predicts MiniBS at the module's present parameters.
+    """Predicts MiniBS at the module's present parameters; raises `Unpredictable` where nothing can be.
 
-    Args:
-        objective: The loss, its parameters, its samples.
-        plan: Precision and sizes.
-        findings: What `preflight` found about the loss.
-        warm: Where the last measurement ended.
-        batch_sizes: Samples b.
-        group_size: Samples that go through the network together where single ones would be too dear; smaller batches
-            cannot be predicted.
-        num_groups: Groups that the subspace is built from; None: all there are.
-        num_outliers: Dimensions k of the subspace.
-        stream: Number of this measurement; with the plan's seed it fixes all random numbers.
-        scaling: The coordinates; None: plain ones.
-        curvature: The Hessian or the Gauss-Newton matrix.
-
-    Returns:
-        The predictions.
-
-    Raises:
-        Unpredictable: If the loss is no mean over samples.
+    The subspace is built from `num_groups` groups of `group_size` samples, which go through the network together where
+    single ones would be too dear; smaller batches cannot be predicted.
     """
-    if findings.reduction != "mean":
-        raise Unpredictable(
-            "the loss of a batch was not found to be a mean over its samples (BatchNorm in train mode, dropout, class "
-            "weights, a sum, reduced precision, fewer than three samples), so nothing follows from the full batch for "
-            "batches. Only measuring helps."
-        )
-    began = time.perf_counter()
-    generator = torch.Generator().manual_seed(derived_seed(plan.seed, 8, stream))
-    solver = Solver(objective, plan, findings, generator, scaling or Scaling(), curvature)
-    population = objective.source.num_samples
-    chunks = full_batch(objective.source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
+    if solver.findings.reduction != "mean":
+        raise Unpredictable(_NO_MEAN)
+    began, solver = time.perf_counter(), solver.drawing(Use.PREDICTION)
+    chunks, population = solver.full_batch(), solver.objective.source.num_samples
     full_samples = sum(part.size for part in chunks)
     if max(batch_sizes) > full_samples:
         raise ValueError(
@@ -207,22 +172,12 @@ def predict(
     counted = _Counted(solver.operator([chunks]))
     values, vectors, top = _outliers(solver, counted.matvec, warm, num_outliers)
     density = _bulk(solver, counted.matvec, vectors)
-    subspace = outlier_subspace(
-        solver, counted.matvec, values, vectors, group_size=group_size, num_groups=num_groups, stream=stream
-    )
-    # A subset's own top is too high by the gap at its size, which batches as if drawn from it lack: to first order the
-    # two cancel.
-    subspace = replace(subspace, dataset_size=full_samples)
-    luck = _luck(subspace, 1 / full_samples - 1 / population)
+    given: dict[str, Any] = {"group_size": group_size, "num_groups": num_groups}
+    subspace = outlier_subspace(solver, counted.matvec, values, vectors, **given)
     count = min(VARIANCE_GROUPS, population // group_size)
-    variance = hessian_variance(
-        solver, batch_size=group_size, num_batches=count, num_probes=VARIANCE_PROBES, stream=stream
-    )
-    directional = _directional_variance(subspace)
-    bulk = density.mean(lambda nodes: nodes)
-    size = objective.num_parameters
-    predicted = tuple(_subspace(subspace, each, plan.seed, luck) for each in batch_sizes)
-    models = _Models(top, variance, directional, bulk, size, full_samples, luck)
+    variance = hessian_variance(solver, batch_size=group_size, num_batches=count, num_probes=VARIANCE_PROBES)
+    models = _Models(solver, full_samples, top, variance, density.mean(lambda nodes: nodes), subspace)
+    predicted = tuple(map(models.by_subspace, batch_sizes))
     groups = len(subspace.compressions) * (len(vectors) + 1) + VARIANCE_PROBES * VARIANCE_GROUPS
     passes = counted.products * full_samples + groups * group_size
     return SharpnessPrediction(
@@ -233,11 +188,11 @@ def predict(
         subspace=predicted,
         overlap=tuple(map(models.overlap, batch_sizes)),
         variance=variance,
-        directional_variance=directional,
-        bulk=bulk,
-        rank=_rank(density, values, size),
-        critical_batch_size=_critical_batch_size(subspace, top, max(1, round(math.sqrt(full_samples))), plan.seed),
-        num_parameters=size,
+        directional_variance=models.directional,
+        bulk=models.bulk,
+        rank=_rank(density, values, solver.objective.num_parameters),
+        critical_batch_size=models.critical_batch_size(max(1, round(math.sqrt(full_samples)))),
+        num_parameters=solver.objective.num_parameters,
         num_samples=population,
         hvps=passes / population,
         seconds=time.perf_counter() - began,
@@ -270,52 +225,87 @@ def _outliers(solver: Solver, operator: Matvec, warm: WarmStart, count: int) -> 
 def _bulk(solver: Solver, operator: Matvec, vectors: Tensor) -> SpectralDensity:
     """The spectral density without the outliers: no step is spent on what is known."""
     outside = partial(beyond, vectors)
-    dim, fit = solver.objective.num_parameters, int(solver.plan.memory_bytes / solver.vector_bytes)
+    fit, probes = int(solver.plan.memory_bytes / solver.vector_bytes), solver.probes(DENSITY_PROBES)
     steps = max(2, min(DENSITY_STEPS, fit))
-    probes = random_probes(DENSITY_PROBES, dim, solver.generator, like=solver.like)
-    if len(vectors) < dim:  # else nothing is outside, and the zero operator says so
+    if len(vectors) < solver.objective.num_parameters:  # else nothing is outside, and the zero operator says so
         probes = outside(probes)
     at_once = max(1, fit // steps)
     return spectral_density(lambda some: outside(operator(outside(some))), probes, steps=steps, at_once=at_once)
 
 
-def _directional_variance(subspace: OutlierSubspace) -> float:
-    """Sum of c_k^2 over k >= 2, for single samples."""
-    columns = subspace.compressions[:, 1:, 0]
-    count = len(columns)
-    inside = ((columns - columns.mean(0)) ** 2).sum()
-    return float(subspace.group_size * (inside + subspace.leakages[:, 0, 0].sum()) / (count - 1))
-
-
 @dataclass(frozen=True)
 class _Models:
-    """The two theorems at one point of training."""
+    """The two theorems and the subspace at one point of training."""
 
+    solver: Solver
+    num_samples: int  # of the full batch
     top: Eigenvalue
     variance: Estimate
-    directional: float
     bulk: Estimate
-    num_parameters: int
-    num_samples: int
-    luck: float  # standard deviation of FullBS by the choice of its samples
+    drawn: OutlierSubspace
 
     def wigner(self, batch_size: int, subspace: Prediction) -> Prediction:
         """Theorem 4."""
         given, mean = self._given(batch_size), max(self.variance.mean, 0.0)
-        estimate = self._interval(lambda variance: wigner_outlier(self.top.value, variance, **given), self.variance)
-        visible = bool(wigner_edge(mean, **given) <= 2 * self.top.value)
+        estimate = self._interval(partial(random_matrix.wigner_outlier, self.top.value, **given), self.variance)
+        visible = bool(random_matrix.wigner_edge(mean, **given) <= 2 * self.top.value)
         return Prediction(estimate, trusted=visible and self._explains(mean) and _within(estimate, subspace))
 
     def marchenko_pastur(self, batch_size: int, subspace: Prediction) -> Prediction:
         """Theorem 7."""
-        given = {"num_parameters": self.num_parameters, **self._given(batch_size)}
-        estimate = self._interval(lambda bulk: marchenko_pastur_outlier(self.top.value, bulk, **given), self.bulk)
-        assumed = self.top.value * (self.num_parameters - 1) * max(self.bulk.mean, 0.0)
+        size = self.solver.objective.num_parameters
+        model = partial(random_matrix.marchenko_pastur_outlier, self.top.value, num_parameters=size)
+        estimate = self._interval(partial(model, **self._given(batch_size)), self.bulk)
+        assumed = self.top.value * (size - 1) * max(self.bulk.mean, 0.0)
         return Prediction(estimate, trusted=self._explains(assumed) and _within(estimate, subspace))
 
     def overlap(self, batch_size: int) -> float:
         """Theorem 10."""
-        return float(eigenvector_overlap(self.top.value, max(self.variance.mean, 0.0), **self._given(batch_size)))
+        given, mean = self._given(batch_size), max(self.variance.mean, 0.0)
+        return float(random_matrix.eigenvector_overlap(self.top.value, mean, **given))
+
+    def by_subspace(self, batch_size: int) -> Prediction:
+        """By the outlier subspace."""
+        found = predict_from_subspace(self.subspace, batch_size, seed=self.solver.plan.seed)
+        mean, stderr, widened = found.estimate.mean, math.hypot(found.estimate.stderr, self.luck), 1.96 * self.luck
+        estimate = Estimate(mean, stderr, found.estimate.lower - widened, found.estimate.upper + widened)
+        return Prediction(estimate, found.trusted)
+
+    def critical_batch_size(self, middle: int) -> Estimate:
+        """Where MiniBS is twice FullBS, on the curve through the subspace's predictions; NaN where none is trusted."""
+        subspace, seed = self.subspace, self.solver.plan.seed
+        sizes = sorted({round(middle * each) for each in _CURVE})
+        sizes = [each for each in sizes if subspace.group_size <= each < subspace.dataset_size]
+        found = [(each, predict_from_subspace(subspace, each, draws=60, seed=seed)) for each in sizes]
+        good = {each: prediction.estimate for each, prediction in found if prediction.trusted}
+        if len(good) < 2:
+            return UNKNOWN
+        means = [each.mean for each in good.values()]
+        spreads = [max((each.upper - each.lower) / (2 * 1.96), 1e-3 * abs(each.mean)) for each in good.values()]
+        fit = partial(random_matrix.fit_batch_size_curve, self.top.value, dataset_size=subspace.dataset_size)
+        return fit(list(good), means, spreads).critical_batch_size()
+
+    @cached_property
+    def subspace(self) -> OutlierSubspace:
+        """The subspace as if batches were drawn from the full batch.
+
+        A subset's own top is too high by the gap at its size, which such batches lack: to first order the two cancel.
+        """
+        return replace(self.drawn, dataset_size=self.num_samples)
+
+    @cached_property
+    def directional(self) -> float:
+        """Sum of c_k^2 over k >= 2, for single samples."""
+        columns = self.drawn.compressions[:, 1:, 0]
+        inside = ((columns - columns.mean(0)) ** 2).sum()
+        spread = inside + self.drawn.leakages[:, 0, 0].sum()
+        return float(self.drawn.group_size * spread / (len(columns) - 1))
+
+    @cached_property
+    def luck(self) -> float:
+        """Standard deviation of FullBS by the choice of its samples, v1'H v1 to first order."""
+        u = max(1 / self.num_samples - 1 / self.solver.objective.source.num_samples, 0.0)
+        return math.sqrt(u * self.drawn.group_size * float(self.drawn.compressions[:, 0, 0].var(ddof=1)))
 
     def _given(self, batch_size: int) -> dict[str, Any]:
         """What all of them ask for."""
@@ -339,36 +329,9 @@ def _within(estimate: Estimate, subspace: Prediction) -> bool:
     return seen.lower - room <= estimate.mean <= seen.upper + room
 
 
-def _luck(subspace: OutlierSubspace, u: float) -> float:
-    """Standard deviation of the full batch's top eigenvalue by the choice of its samples, v1'H v1 to first order."""
-    return math.sqrt(max(u, 0.0) * subspace.group_size * float(subspace.compressions[:, 0, 0].var(ddof=1)))
-
-
 def _rank(density: SpectralDensity, values: Tensor, size: int) -> Estimate:
     """How many eigenvalues are not zero, the outliers among them; zero is what rounding makes of it."""
     zero, largest = 100 * density.eps * float(values.abs().max()), float(density.nodes.abs().max())
     mass = density.mass_at_origin(zero / largest if largest > zero else 1.0)
     outliers = int((values.abs() > zero).sum())
     return shifted(scaled(mass, len(values) - size), len(values) - size - outliers)
-
-
-def _subspace(subspace: OutlierSubspace, batch_size: int, seed: int, luck: float) -> Prediction:
-    """By the outlier subspace."""
-    found = predict_from_subspace(subspace, batch_size, seed=seed)
-    mean, stderr, widened = found.estimate.mean, math.hypot(found.estimate.stderr, luck), 1.96 * luck
-    estimate = Estimate(mean, stderr, found.estimate.lower - widened, found.estimate.upper + widened)
-    return Prediction(estimate, found.trusted)
-
-
-def _critical_batch_size(subspace: OutlierSubspace, top: Eigenvalue, middle: int, seed: int) -> Estimate:
-    """Where MiniBS is twice FullBS, on the curve through the subspace's predictions; NaN where none is trusted."""
-    sizes = sorted({round(middle * each) for each in _CURVE})
-    sizes = [each for each in sizes if subspace.group_size <= each < subspace.dataset_size]
-    found = [(each, predict_from_subspace(subspace, each, draws=60, seed=seed)) for each in sizes]
-    good = {each: prediction.estimate for each, prediction in found if prediction.trusted}
-    if len(good) < 2:
-        return UNKNOWN
-    means = [each.mean for each in good.values()]
-    spreads = [max((each.upper - each.lower) / (2 * 1.96), 1e-3 * abs(each.mean)) for each in good.values()]
-    curve = fit_batch_size_curve(top.value, list(good), means, spreads, dataset_size=subspace.dataset_size)
-    return curve.critical_batch_size()

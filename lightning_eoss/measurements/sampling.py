@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_eoss.curvature.batches import Batch
-from lightning_eoss.curvature.operators import Operator, Reduce
+from lightning_eoss.curvature.operators import Operator
 from lightning_eoss.curvature.solver import Lead, Solver
+from lightning_eoss.curvature.workers import ALONE, Workers
 from lightning_eoss.theory import statistics
 
 NUM_AUDITS = 2
@@ -31,7 +32,9 @@ class Row:
 class Sampled:
     """What all mini-batches gave. Those whose loss or curvature is not finite do not count."""
 
+    workers: Workers = ALONE
     exact: bool = False  # one batch that is all there is
+    control_mean: float = math.nan  # of the controls over all batches; NaN where it is not known
     rows: list[Row] = field(default_factory=list)
     shortfalls: list[float] = field(default_factory=list)  # by how much the audited values may be too low
     differences: list[float] = field(default_factory=list)  # that the audits found, relative
@@ -49,28 +52,29 @@ class Sampled:
         """The rows that count."""
         return [row for row in self.rows if math.isfinite(row.value)]
 
-    def plain(self, reduce: Reduce) -> statistics.Estimate:
+    def plain(self) -> statistics.Estimate:
         """MiniBS as the mean of the values."""
-        return self._mean([row.value for row in self.good], reduce)
+        return self._mean([row.value for row in self.good])
 
-    def estimate(self, control_mean: float, reduce: Reduce) -> statistics.Estimate:
+    def estimate(self) -> statistics.Estimate:
         """MiniBS with the help of the controls."""
         good = self.good
         if self.exact or not good:
-            return self.plain(reduce)
+            return self.plain()
         values, controls = (tuple(column) for column in zip(*((row.value, row.control) for row in good), strict=True))
-        sums = reduce(statistics.moments(_tensor(values), _tensor(controls)))
-        return replace(statistics.control_variate_estimate(sums, control_mean), values=values)
+        sums = self.workers.sum(statistics.moments(_tensor(values), _tensor(controls)))
+        return replace(statistics.control_variate_estimate(sums, self.control_mean), values=values)
 
-    def directional(self, reduce: Reduce) -> statistics.Estimate:
+    def directional(self) -> statistics.Estimate:
         """Directional sharpness. A batch whose gradient is zero has none."""
-        return self._mean([row.directional for row in self.good if math.isfinite(row.directional)], reduce)
+        return self._mean([row.directional for row in self.good if math.isfinite(row.directional)])
 
-    def _mean(self, values: list[float], reduce: Reduce) -> statistics.Estimate:
+    def _mean(self, values: list[float]) -> statistics.Estimate:
         """Mean of values with its interval, which is a point where they are not a sample."""
         if self.exact and values:
-            return statistics.Estimate(values[0], 0.0, values[0], values[0], (values[0],))
-        return replace(statistics.mean_estimate(reduce(statistics.moments(_tensor(values)))), values=tuple(values))
+            return replace(statistics.exact(values[0]), values=(values[0],))
+        sums = self.workers.sum(statistics.moments(_tensor(values)))
+        return replace(statistics.mean_estimate(sums), values=tuple(values))
 
 
 def sample(solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_mean: float, *, exact: bool) -> Sampled:
@@ -78,32 +82,22 @@ def sample(solver: Solver, batches: Iterator[Batch], lead: Lead | None, control_
 
     Where the audit finds a value short by more than `rel_error`, the warm start hides the top of the batches' spectra:
     the first round is solved again from scratch, and so are all that follow.
-
-    Args:
-        solver: The measurement's solver.
-        batches: Where to draw from.
-        lead: The batches' common start; None: from scratch.
-        control_mean: Mean of the controls that come with `lead`; NaN where it is not known.
-        exact: Whether the first batch is all there is.
-
-    Returns:
-        What the batches gave.
     """
     plan, limit = solver.plan, 1 if exact else solver.plan.num_batches
-    sampled = Sampled(exact)
+    sampled = Sampled(solver.workers, exact, control_mean)
     wanted = list(islice(batches, statistics.next_count(0, limit)))
     _add(solver, wanted, lead, sampled)
     _audit(solver, wanted, sampled)
-    if lead is not None and solver.decide(sampled.audit > plan.rel_error):
+    if lead is not None and solver.workers.decide(sampled.audit > plan.rel_error):
         # The warm start hides the top of the batches' spectra: everything again from scratch.
-        sampled = Sampled(exact, differences=sampled.differences, products=sampled.products)
-        lead, control_mean = None, math.nan
+        sampled = replace(sampled, rows=[], shortfalls=[], lost=[], audited=())
+        lead = None
         _add(solver, wanted, lead, sampled)
         _audit(solver, wanted, sampled)
     while sampled.good:
         drawn = len(sampled.rows)
-        estimate = sampled.estimate(control_mean, solver.reduce)
-        if solver.decide(drawn >= limit or statistics.is_precise(estimate, len(sampled.good), plan.rel_error)):
+        estimate = sampled.estimate()
+        if solver.workers.decide(drawn >= limit or statistics.is_precise(estimate, len(sampled.good), plan.rel_error)):
             break
         wanted = list(islice(batches, statistics.next_count(drawn, limit) - drawn))
         if not wanted:

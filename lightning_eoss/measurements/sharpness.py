@@ -16,18 +16,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import default_collate
 
 from lightning_eoss import checks
 from lightning_eoss.curvature.batches import Batch, full_batch, random_batches, split
 from lightning_eoss.curvature.derivatives import Doubt, doubt
-from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import HESSIAN, Curvature, Reduce, Scaling
-from lightning_eoss.curvature.preflight import FEW, Findings
-from lightning_eoss.curvature.seeds import derived_seed
-from lightning_eoss.curvature.solver import Eigenvalue, Lead, Plan, Solver, WarmStart, top_eigenvalue
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn
+from lightning_eoss.curvature.preflight import FEW
+from lightning_eoss.curvature.seeds import Use
+from lightning_eoss.curvature.solver import COLD, Eigenvalue, Lead, Plan, Solver, WarmStart, top_eigenvalue
 from lightning_eoss.measurements.sampling import Sampled, sample
 from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.theory.statistics import Estimate, shifted, with_audit
@@ -67,14 +65,14 @@ class SharpnessMeasurement:
 
     def __repr__(self) -> str:
         """What was measured and what it took, in a line."""
-        named = {
-            f"MiniBS({self.batch_size})": self.mini_batch,
-            "FullBS": self.full_batch,
-            "gap": self.gap,
-            "directional": self.directional,
-            "current batch": self.current_batch,
+        named: dict[str, tuple[Any, float]] = {
+            f"MiniBS({self.batch_size})": (self.mini_batch, self.mini_batch.mean),
+            "FullBS": (self.full_batch, self.full_batch.value),
+            "gap": (self.gap, self.gap.mean),
+            "directional": (self.directional, self.directional.mean),
+            "current batch": (self.current_batch, self.current_batch.value),
         }
-        shown = [f"{name} = {each}" for name, each in named.items() if not str(each).startswith("nan")]
+        shown = [f"{name} = {each}" for name, (each, value) in named.items() if not math.isnan(value)]
         return f"SharpnessMeasurement({', '.join([*shown, f'{self.hvps:.0f} products'])}, {self.seconds:.2g} s)"
 
 
@@ -83,15 +81,15 @@ UNMEASURED = Eigenvalue()
 
 def measure_sharpness(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
     dataset: Any,
     *,
     batch_size: int,
     rel_error: float = 0.05,
     num_batches: int = 100,
+    tol: float | None = None,
     full_batch_samples: int | None = 8192,
     seed: int = 0,
-    tol: float | None = None,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     operator: Kind = "hessian",
     outputs_fn: OutputsFn | None = None,
@@ -110,10 +108,10 @@ def measure_sharpness(
         batch_size: Samples b of a mini-batch.
         rel_error: Mini-batches are drawn until the 95 % interval of MiniBS is within this, relative.
         num_batches: Upper limit of mini-batches.
-        full_batch_samples: FullBS is measured on a fixed random subset of this size; None: all samples.
-        seed: Fixes batches, starts and the random numbers inside the model.
         tol: Relative residual of the eigenvalues (default: 0.5 ``rel_error``). An eigenvalue's own error is about its
             square.
+        full_batch_samples: FullBS is measured on a fixed random subset of this size; None: all samples.
+        seed: Fixes batches, starts and the random numbers inside the model.
         collate_fn: As a DataLoader's.
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix in its place.
         outputs_fn: ``outputs_fn(model, batch) -> (outputs, criterion)``, the outputs and the loss as a function of
@@ -137,137 +135,90 @@ def measure_sharpness(
 
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*, definitions 3.1 and 3.2.
     """
-    checks.settings(
-        rel_error=rel_error, num_batches=num_batches, full_batch_samples=full_batch_samples, seed=seed, tol=tol
-    )
-    with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
-        memory = objective.cache.limit
-        plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol, memory)
-        curvature = curvature_of(operator, outputs_fn, objective, batch_size)
-        measurement, _ = measure(objective, plan, findings, WarmStart(), curvature=curvature)
+    checks.arguments(rel_error=rel_error, tol=tol, num_batches=num_batches)
+    checks.arguments(seed=seed, full_batch_samples=full_batch_samples)
+    plan = Plan(batch_size, 1, rel_error, num_batches, full_batch_samples, seed, tol)
+    given: dict[str, Any] = {"collate_fn": collate_fn, "operator": operator, "outputs_fn": outputs_fn}
+    with standalone(model, loss_fn, dataset, plan, **given) as solver:
+        measurement, _ = sharpness(solver)
     if measurement.doubt is not None:
         warnings.warn(measurement.doubt.message, stacklevel=2)
     return measurement
 
 
-def measure(
-    objective: Objective,
-    plan: Plan,
-    findings: Findings,
-    warm: WarmStart,
+def sharpness(
+    solver: Solver,
+    warm: WarmStart = COLD,
     *,
-    stream: int = 0,
     full: bool = True,
     mini: bool = True,
     current: Batch | None = None,
     batches: Iterator[Batch] | None = None,
-    scaling: Scaling | None = None,
-    curvature: Curvature = HESSIAN,
-    reduce: Reduce = lambda total: total,
-    decide: Callable[[Any], Any] = lambda decision: decision,
 ) -> tuple[SharpnessMeasurement, WarmStart]:
-    """Measures what is asked for at the module's present parameters.
+    """Measures what is asked for at the module's present parameters, and says where to start the next time.
+
+    With `batches` in place of uniform ones (a sampler's) there is no control variate.
 
     Cost, in products: FullBS 13 to 20 passes from scratch, about 3 from a warm start; each mini-batch about 4, and one
     for the directional sharpness; each of two audits 10 to 20. Two products of up to 32 samples are compared with
     differences of gradients; where they are wrong, all is measured once more by differences.
-
-    Args:
-        objective: The loss, its parameters, its samples.
-        plan: Precision and sizes.
-        findings: What `preflight` found about the loss.
-        warm: Where the last measurement ended.
-        stream: Number of this measurement; with `plan.seed` it fixes all random numbers.
-        full: Whether to measure FullBS.
-        mini: Whether to measure MiniBS and directional sharpness.
-        current: The batch about to be stepped on, to measure that, too.
-        batches: Mini-batches in place of uniform ones (a sampler's); no control variate then.
-        scaling: The coordinates; None: plain ones.
-        curvature: The Hessian or the Gauss-Newton matrix.
-        reduce: Sums over workers; identity for one.
-        decide: Makes workers agree; identity for one.
-
-    Returns:
-        The measurement, and where to start the next one.
     """
-
-    def attempt(findings: Findings, batches: Iterator[Batch] | None) -> tuple[SharpnessMeasurement, WarmStart]:
-        generator = torch.Generator().manual_seed(derived_seed(plan.seed, 2, stream))
-        solver = Solver(objective, plan, findings, generator, scaling or Scaling(), curvature, reduce, decide)
-        return _measured(solver, warm, batches, stream, current or (), full, mini)
-
     batches, again = (None, None) if batches is None else tee(batches)
-    measurement, after = attempt(findings, batches)
+    asked: dict[str, Any] = {"now": current or (), "full": full, "mini": mini}
+    measurement, after = _measured(solver.drawing(Use.SHARPNESS), warm, batches, **asked)
     found = measurement.doubt
-    if decide(found is not None and found.differences):
-        redone, after = attempt(replace(findings, differences=True, stacked=False), again)
+    if solver.workers.decide(found is not None and found.differences):
+        solver = replace(solver, findings=replace(solver.findings, differences=True, stacked=False))
+        redone, after = _measured(solver.drawing(Use.SHARPNESS), warm, again, **asked)
         hvps, seconds = redone.hvps + measurement.hvps, redone.seconds + measurement.seconds
         measurement = replace(redone, doubt=found, hvps=hvps, seconds=seconds)
     return measurement, after
 
 
 def _measured(
-    solver: Solver, warm: WarmStart, batches: Iterator[Batch] | None, stream: int, now: Batch, full: bool, mini: bool
+    solver: Solver, warm: WarmStart, batches: Iterator[Batch] | None, *, now: Batch, full: bool, mini: bool
 ) -> tuple[SharpnessMeasurement, WarmStart]:
     """The same by one kind of products, and what there is to be said against them."""
-    began = time.perf_counter()
-    objective, plan, findings, reduce = solver.objective, solver.plan, solver.findings, solver.reduce
-    current_value, samples = Eigenvalue(), 0.0  # samples that went through products
+    began, current, samples = time.perf_counter(), Eigenvalue(), 0.0  # samples that went through products
     if now:
         result, _ = solver.solve_top(solver.operator([now]), warm)
-        current_value = top_eigenvalue(result)
+        current = top_eigenvalue(result)
         samples += result.matvecs * _num_samples(now)
         if warm.top is None:
             warm = warm.after(result)  # better than nothing until FullBS is known
+    of_all = _measure_full(solver, warm) if full else _Full(warm)
+    sampled = _measure_mini(solver, of_all, batches) if mini else Sampled(solver.workers)
+    samples += of_all.samples + sampled.products * solver.step_samples
 
-    whole = _measure_full(solver, warm) if full else _Full(warm)
-    full_value, chunks, lead, warm = whole.value, whole.chunks, whole.lead, whole.warm
-    samples += whole.samples
-
-    sampled, control_mean = Sampled(), math.nan
-    if mini:
-        population = objective.source.num_samples
-        even = plan.parts == 1 or population % plan.batch_size == 0  # else a short part weighs as much as the others
-        exact = plan.step_size >= population and even and batches is None  # one batch, and it is all there is
-        if batches is None:
-            seed = derived_seed(plan.seed, 3, stream)
-            batches = random_batches(objective.source, plan.batch_size, parts=plan.parts, seed=seed)
-            complete = sum(len(part.indices) for part in chunks) == population
-            if lead and complete and not exact and findings.reduction == "mean":
-                control_mean = lead.mean
-        lead = lead or Lead.guessed(warm, solver.random_starts(1))
-        sampled = sample(solver, batches, lead, control_mean, exact=exact)
-        samples += sampled.products * solver.step_samples
-
-    values = ((now, current_value), (chunks, full_value))
-    suspects = [*sampled.lost, *(batch for batch, found in values if math.isnan(found.value))]
-    estimate = with_audit(sampled.estimate(control_mean, reduce), sampled.shortfalls)
-    residuals = [full_value.relative_residual, current_value.relative_residual, *(row.residual for row in sampled.good)]
+    value, estimate = of_all.value, with_audit(sampled.estimate(), sampled.shortfalls)
+    lost = (batch for batch, found in ((now, current), (of_all.chunks, value)) if math.isnan(found.value))
+    audited = sampled.audited or of_all.chunks
+    residuals = [each.relative_residual for each in (value, current)] + [row.residual for row in sampled.good]
     measurement = SharpnessMeasurement(
         mini_batch=estimate,
-        plain=with_audit(sampled.plain(reduce), sampled.shortfalls),
-        directional=sampled.directional(reduce),
-        gap=shifted(estimate, full_value.value, full_value.error if math.isfinite(full_value.error) else 0.0),
-        full_batch=full_value,
-        current_batch=current_value,
+        plain=with_audit(sampled.plain(), sampled.shortfalls),
+        directional=sampled.directional(),
+        gap=shifted(estimate, value.value, value.error if math.isfinite(value.error) else 0.0),
+        full_batch=value,
+        current_batch=current,
         controls=tuple(row.control for row in sampled.good),
-        control_mean=control_mean,
+        control_mean=sampled.control_mean,
         batch_size=solver.step_samples,
-        num_samples=_num_samples(chunks),
+        num_samples=_num_samples(of_all.chunks),
         dropped=len(sampled.rows) - len(sampled.good),
         audit=sampled.audit,
         residual=max((each for each in residuals if math.isfinite(each)), default=math.nan),
         products_per_batch=median(row.products for row in sampled.good) if sampled.good else math.nan,
-        full_passes=whole.passes,
+        full_passes=of_all.passes,
         hvps=samples / solver.step_samples,
         seconds=time.perf_counter() - began,
-        memory=objective.memory.added,
-        doubt=_doubt(solver, sampled.audited or chunks, warm.top, suspects),
+        memory=solver.objective.memory.added,
+        doubt=_doubt(solver, audited, of_all.warm.top, [*sampled.lost, *lost]),
     )
-    return measurement, warm
+    return measurement, of_all.warm
 
 
-def _doubt(solver: Solver, audited: Batch, top: Tensor | None, suspects: list[Batch]) -> Doubt | None:
+def _doubt(solver: Solver, audited: Batch, top: torch.Tensor | None, suspects: list[Batch]) -> Doubt | None:
     """What is wrong with products by autograd: of batches that gave no number, else along the top and at random."""
     findings, look = solver.findings, partial(doubt, solver.objective, curvature=solver.curvature)
     if findings.differences or findings.detached:
@@ -276,7 +227,7 @@ def _doubt(solver: Solver, audited: Batch, top: Tensor | None, suspects: list[Ba
     if found or not audited:
         return found
     part = (split(audited, FEW) if findings.reduction == "mean" else audited)[0]
-    return look(part, None if top is None else solver.scaling.applied(top))
+    return look(part, None if top is None else solver.coordinates.applied(top))
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,8 +245,7 @@ class _Full:
 def _measure_full(solver: Solver, warm: WarmStart) -> _Full:
     """FullBS; before the first one, a part of the data leads most of the way at a part of the price."""
     plan, source, samples = solver.plan, solver.objective.source, 0.0
-    given: dict[str, Any] = {"max_samples": plan.full_batch_samples, "first": plan.first_samples, "seed": plan.seed}
-    chunks = full_batch(source, solver.chunk_size, **given)
+    chunks = solver.full_batch()
     fewer = _num_samples(chunks) // COARSER
     tol = FULL_TOL if warm.of_full else COLD_TOL
     if not warm.of_full and fewer >= plan.step_size:
@@ -313,6 +263,22 @@ def _measure_full(solver: Solver, warm: WarmStart) -> _Full:
         samples=samples + result.matvecs * _num_samples(chunks),
         lead=Lead.known(start, result) if math.isfinite(value.value) else None,
     )
+
+
+def _measure_mini(solver: Solver, full: _Full, batches: Iterator[Batch] | None) -> Sampled:
+    """MiniBS over uniform batches unless others are given; with a control variate where its mean is known."""
+    plan, source, control_mean = solver.plan, solver.objective.source, math.nan
+    # With parts that differ in size a short one weighs as much as the others.
+    even = plan.parts == 1 or source.num_samples % plan.batch_size == 0
+    exact = plan.step_size >= source.num_samples and even and batches is None  # one batch, and it is all there is
+    if batches is None:
+        seed = solver.seed(Use.MINI_BATCHES)
+        batches = random_batches(source, plan.batch_size, parts=plan.parts, seed=seed)
+        complete = sum(len(part.indices) for part in full.chunks) == source.num_samples
+        if full.lead and complete and not exact and solver.findings.reduction == "mean":
+            control_mean = full.lead.mean
+    lead = full.lead or Lead.guessed(full.warm, solver.random_starts(1))
+    return sample(solver, batches, lead, control_mean, exact=exact)
 
 
 def _num_samples(batch: Batch) -> int:

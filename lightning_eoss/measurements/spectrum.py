@@ -6,18 +6,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import default_collate
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.batches import Batch, full_batch, random_batches
-from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, curvature_of
-from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import HESSIAN, Curvature, Operator
-from lightning_eoss.curvature.preflight import Findings
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.batches import Batch, random_batches
+from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn
+from lightning_eoss.curvature.operators import Operator
+from lightning_eoss.curvature.seeds import Use, derived_seed
 from lightning_eoss.curvature.solver import Plan, Solver
-from lightning_eoss.linalg.density import SpectralDensity, random_probes, spectral_density
+from lightning_eoss.linalg.density import SpectralDensity, spectral_density
 from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.measurements.variance import hessian_variance
 from lightning_eoss.theory.statistics import UNKNOWN, Estimate
@@ -38,7 +36,7 @@ class Spectra:
 
 def measure_spectra(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
     dataset: Any,
     *,
     batch_size: int,
@@ -90,68 +88,28 @@ def measure_spectra(
 
     Source: Granziol, Zohren and Roberts, sections 7 and 12, appendices D and E.
     """
-    checks.settings(full_batch_samples=full_batch_samples, seed=seed)
-    check_spectrum(steps, num_probes, augmented_passes)
-    with standalone(model, loss_fn, dataset, collate_fn, batch_size=batch_size, seed=seed) as (objective, findings):
-        plan = Plan(batch_size, full_batch_samples=full_batch_samples, seed=seed, memory_bytes=objective.cache.limit)
-        curvature = curvature_of(operator, outputs_fn, objective, batch_size)
-        given: dict[str, Any] = {"steps": steps, "num_probes": num_probes, "augmented_passes": augmented_passes}
-        return spectra(objective, plan, findings, curvature=curvature, **given)
+    checks.arguments(seed=seed, full_batch_samples=full_batch_samples, steps=steps)
+    checks.arguments(num_probes=num_probes, augmented_passes=augmented_passes)
+    plan = Plan(batch_size, full_batch_samples=full_batch_samples, seed=seed)
+    given: dict[str, Any] = {"collate_fn": collate_fn, "operator": operator, "outputs_fn": outputs_fn}
+    with standalone(model, loss_fn, dataset, plan, **given) as solver:
+        return spectra(solver, steps=steps, num_probes=num_probes, augmented_passes=augmented_passes)
 
 
-def check_spectrum(steps: int, num_probes: int, augmented_passes: int) -> None:
-    """Refuses settings of the wrong kind and out of range.
-
-    Args:
-        steps: Nodes of each quadrature.
-        num_probes: Random probes.
-        augmented_passes: Passes over the data.
-    """
-    for name, value in (("steps", steps), ("num_probes", num_probes), ("augmented_passes", augmented_passes)):
-        checks.whole(name, value, 1, "must be at least 1: nothing would be measured.")
-
-
-def spectra(
-    objective: Objective,
-    plan: Plan,
-    findings: Findings,
-    *,
-    steps: int,
-    num_probes: int,
-    augmented_passes: int = 1,
-    stream: int = 0,
-    curvature: Curvature = HESSIAN,
-) -> Spectra:
-    """Measures both densities at the module's present parameters.
-
-    Args:
-        objective: The loss, its parameters, its samples.
-        plan: Sizes.
-        findings: What `preflight` found about the loss.
-        steps: Nodes of each probe's quadrature; fewer where memory does not hold as many vectors.
-        num_probes: Random probes.
-        augmented_passes: Passes over the data, each with its own random numbers.
-        stream: Number of this measurement; with the plan's seed it fixes all random numbers.
-        curvature: The Hessian or the Gauss-Newton matrix.
-
-    Returns:
-        The densities.
-    """
-    began = time.perf_counter()
-    generator = torch.Generator().manual_seed(derived_seed(plan.seed, 9, stream))
-    solver = Solver(objective, plan, findings, generator, curvature=curvature)
-    chunks: Batch = ()
-    for number in range(augmented_passes):
-        once = full_batch(objective.source, solver.chunk_size, max_samples=plan.full_batch_samples, seed=plan.seed)
-        chunks += tuple(
-            replace(part, weight=part.weight / augmented_passes, seed=derived_seed(part.seed, number)) for part in once
-        )
-    seed = derived_seed(plan.seed, 10, stream)
-    batch = next(random_batches(objective.source, plan.batch_size, parts=plan.parts, seed=seed))
+def spectra(solver: Solver, *, steps: int, num_probes: int, augmented_passes: int = 1) -> Spectra:
+    """Measures both densities at the module's present parameters; with fewer nodes where memory does not hold them."""
+    began, solver = time.perf_counter(), solver.drawing(Use.SPECTRUM)
+    source, plan = solver.objective.source, solver.plan
+    chunks: Batch = tuple(
+        replace(part, weight=part.weight / augmented_passes, seed=derived_seed(part.seed, number))
+        for number in range(augmented_passes)
+        for part in solver.full_batch()
+    )
+    batch = next(random_batches(source, plan.batch_size, parts=plan.parts, seed=solver.seed(Use.SPECTRUM_BATCH)))
     full, one = (_density(solver, solver.operator([each]), steps, num_probes) for each in (chunks, batch))
     variance = UNKNOWN
-    if findings.reduction == "mean" and objective.source.num_samples > 1:
-        variance = hessian_variance(solver, num_batches=min(16, objective.source.num_samples), stream=stream)
+    if solver.findings.reduction == "mean" and source.num_samples > 1:
+        variance = hessian_variance(solver, num_batches=min(16, source.num_samples))
     samples = sum(part.size for part in chunks)
     return Spectra(
         full=full,
@@ -167,5 +125,4 @@ def spectra(
 def _density(solver: Solver, operator: Operator, steps: int, num_probes: int) -> SpectralDensity:
     """The density of a one-row operator, one probe after another: their bases would not fit together."""
     steps = min(steps, max(30, int(solver.plan.memory_bytes / solver.vector_bytes)))
-    probes = random_probes(num_probes, solver.objective.num_parameters, solver.generator, like=solver.like)
-    return spectral_density(operator.matvec, probes, steps=steps, at_once=1)
+    return spectral_density(operator.matvec, solver.probes(num_probes), steps=steps, at_once=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_eoss.curvature.batches import disjoint_batches
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.seeds import Use
 from lightning_eoss.curvature.solver import Solver
 from lightning_eoss.linalg.density import spectral_density
 from lightning_eoss.linalg.lanczos import Matvec
@@ -23,7 +23,6 @@ def outlier_subspace(
     *,
     group_size: int = 1,
     num_groups: int | None = None,
-    stream: int = 0,
 ) -> OutlierSubspace:
     r"""Compresses the operators of disjoint groups of samples to the span of the full batch's top eigenvectors V.
 
@@ -32,23 +31,11 @@ def outlier_subspace(
 
     Cost: k + 1 products with each group (k + 1 passes over the data if they are all of it), and `TAIL_STEPS` passes
     with the full batch. Memory: k + 6 vectors for each group at work.
-
-    Args:
-        solver: Objective and operator.
-        full: The product with the full batch, ``(1, P) -> (1, P)``.
-        values: (k,) largest eigenvalues of the full batch, largest first.
-        vectors: (k, P) their orthonormal eigenvectors.
-        group_size: Samples of a group. Simulated batches are made of whole groups, so 1 serves every batch size.
-        num_groups: How many; None: all there are.
-        stream: Number of this measurement; with the plan's seed it fixes all random numbers.
-
-    Returns:
-        The compressions, leakages and the tail, in float64.
     """
     source, k = solver.objective.source, len(vectors)
     count = source.num_samples // group_size
     count = count if num_groups is None else min(num_groups, count)
-    groups = disjoint_batches(source, group_size, seed=derived_seed(solver.plan.seed, 7, stream))
+    groups = disjoint_batches(source, group_size, seed=solver.seed(Use.SUBSPACE))
     fit = int(solver.plan.memory_bytes / ((k + 6) * solver.vector_bytes))
     at_once = max(1, min(solver.rows_at_once, fit))
     kept: list[tuple[Tensor, ...]] = []  # compressions, leakages, quotients of some groups

@@ -33,7 +33,7 @@ class Response:
 
 Group = Mapping[str, Any]  # a param_group, its tensors of one element turned into numbers
 State = Mapping[str, Any]
-Rule = Callable[[Group, State], Response]
+Responder = Callable[[Group, State], Response]
 
 
 def refusal(group: Group) -> str | None:
@@ -122,9 +122,9 @@ def adadelta(group: Group, state: State) -> Response:
     return Response(group["lr"], ((v + eps) / (a + eps)).sqrt(), (v <= eps).sum())
 
 
-PLAIN: dict[type[optim.Optimizer], Rule] = {optim.SGD: sgd, optim.ASGD: asgd}
+PLAIN: dict[type[optim.Optimizer], Responder] = {optim.SGD: sgd, optim.ASGD: asgd}
 
-ADAPTIVE: dict[type[optim.Optimizer], Rule] = {
+ADAPTIVE: dict[type[optim.Optimizer], Responder] = {
     optim.Adam: adam,
     optim.AdamW: adam,
     optim.NAdam: nadam,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_eoss.theory.random_matrix import inverse_effective_batch_size
-from lightning_eoss.theory.statistics import Estimate
+from lightning_eoss.theory.statistics import Estimate, exact
 
 Array = npt.NDArray[np.float64]
 
@@ -116,7 +116,7 @@ def predict_from_subspace(
     u = float(inverse_effective_batch_size(batch_size, subspace.dataset_size))
     if u == 0:
         top = float(subspace.eigenvalues[0])
-        return SubspacePrediction(Estimate(top, 0.0, top, top), 0.0, trusted=True)
+        return SubspacePrediction(exact(top), 0.0, trusted=True)
     rng = np.random.default_rng(seed)
     bare, lower, full = _simulated(subspace, batch_size, u, draws, rng)
     variance = float(full.var(ddof=1)) / draws

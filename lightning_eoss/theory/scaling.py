@@ -11,7 +11,8 @@ References:
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,6 +25,7 @@ from lightning_eoss.theory.stability import StabilityLimits, eps_share, stabilit
 
 Array = NDArray[np.float64]
 Rule = Literal["linear", "sqrt"]
+Acceleration = Literal["nesterov", "polyak"]
 
 _CONFIDENCE = 0.025  # quantile of a curve's refits that stands for its conservative end, as in the curve's own interval
 
@@ -354,6 +356,121 @@ def curvature_range(values: ArrayLike, weights: ArrayLike, *, tol: float = 0.0) 
     largest = float(sizes.max(initial=0.0))
     curved = rest[rest > tol * largest]  # nothing is larger than NaN, or than 0 times infinity
     return (largest, float(curved.min())) if curved.size > 1 else (math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class LearnedRates:
+    """What one look at the spectrum says."""
+
+    lr: float  # of the parameter group with the largest one
+    momentum: float
+    largest: float  # curvature that they go by, coupled weight decay included
+    smallest: float
+    batch_size: int  # samples of the batch that was measured
+
+
+def learned_rates(
+    values: ArrayLike,
+    weights: ArrayLike,
+    acceleration: Acceleration,
+    *,
+    batch_size: int,
+    tol: float = 0.0,
+    max_momentum: float = 1.0,
+    max_learning_rate: float | None = None,
+) -> LearnedRates | None:
+    """Learning rate and momentum, read off a spectral density.
+
+    Args:
+        values: Ritz values, (M,).
+        weights: Their spectral mass, (M,).
+        acceleration: ``"nesterov"`` or ``"polyak"``, by the functions of these names.
+        batch_size: Samples of the batch whose spectrum it is.
+        tol: Values up to this, relative to the largest one, are zeros and their rounding.
+        max_momentum: Upper limit of the momentum, up to 1.
+        max_learning_rate: Upper limit of the learning rate; None: none.
+
+    Returns:
+        The rates; None where the density has no :func:`curvature_range`.
+
+    Raises:
+        ValueError: If there is not one weight for each value.
+
+    Example:
+        >>> learned = learned_rates([1.0, 0.0, 100.0], [0.2, 0.7, 0.1], "nesterov", batch_size=32)
+        >>> learned.lr, round(learned.momentum, 6), learned.smallest
+        (0.01, 0.818182, 1.0)
+    """
+    largest, smallest = curvature_range(values, weights, tol=tol)
+    if math.isnan(largest):
+        return None
+    best = nesterov if acceleration == "nesterov" else polyak
+    lr, momentum = best(largest, smallest, max_momentum=max_momentum)
+    lr = lr if max_learning_rate is None else min(lr, max_learning_rate)
+    return LearnedRates(lr, momentum, largest, smallest, batch_size)
+
+
+def largest_rate(rates: Iterable[Any]) -> float:
+    """The largest of some learning rates.
+
+    Args:
+        rates: The rates, numbers or tensors.
+
+    Returns:
+        The largest; NaN of none.
+
+    Example:
+        >>> import torch
+        >>> largest_rate([0.1, torch.tensor(0.5)])
+        0.5
+    """
+    return max((float(rate) for rate in rates), default=math.nan)
+
+
+def relative_rates(rates: Sequence[Any]) -> list[float]:
+    """Learning rates relative to the largest one.
+
+    Args:
+        rates: The rates of parameter groups, numbers or tensors.
+
+    Returns:
+        Numbers up to 1; all are 1 where all rates are 0.
+
+    Example:
+        >>> relative_rates([0.25, 0.5]), relative_rates([0.0, 0.0])
+        ([0.5, 1.0], [1.0, 1.0])
+    """
+    largest = largest_rate(rates)
+    return [float(rate) / largest if largest > 0 else 1.0 for rate in rates]
+
+
+def relative_limits(optimizer: Optimizer) -> StabilityLimits:
+    r"""The coordinates in which all parameter groups of SGD have one learning rate.
+
+    In them the Hessian is :math:`R^{1/2} (H + W) R^{1/2}`, with the rates R of the groups relative to the largest one
+    and the coupled weight decay W.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        :math:`R^{-1}` in the place of D, infinite for groups that do not move, and W.
+
+    Example:
+        >>> import torch
+        >>> groups = [{"params": [torch.ones(3)], "lr": 0.1}, {"params": [torch.ones(2)], "lr": 0.05}]
+        >>> limits = relative_limits(torch.optim.SGD(groups, weight_decay=0.5))
+        >>> limits.limits, limits.weight_decay
+        ((1.0, 2.0), (0.5, 0.5))
+    """
+    ratios = relative_rates([group["lr"] for group in optimizer.param_groups])
+    entries = [
+        (parameter, math.inf if ratio == 0 else 1 / ratio, float(group["weight_decay"]))
+        for group, ratio in zip(optimizer.param_groups, ratios, strict=True)
+        for parameter in group["params"]
+    ]
+    parameters, limits, decays = zip(*entries, strict=True)
+    return StabilityLimits(parameters, limits, decays)
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lightning_eoss.theory.optimizers import ADAPTIVE, PLAIN, REFUSED, Group, Response, Rule, refusal
+from lightning_eoss.theory.optimizers import ADAPTIVE, PLAIN, REFUSED, Group, Responder, Response, refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ def eps_share(limits: StabilityLimits) -> float:
     return sum(int(count) for count in limits.eps_entries) / entries if entries else math.nan
 
 
-def _read_limits(optimizer: Optimizer, rule: Rule, *, adaptive: bool) -> StabilityLimits | NoLimits:
+def _read_limits(optimizer: Optimizer, rule: Responder, *, adaptive: bool) -> StabilityLimits | NoLimits:
     """The limits of one of torch's optimizers, all parameters by the same rule."""
     groups = [_numbers(group, isinstance(optimizer, AdamW)) for group in optimizer.param_groups]
     owned = [(p, group) for group in groups for p in group["params"] if p.requires_grad]

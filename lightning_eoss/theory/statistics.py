@@ -48,6 +48,22 @@ class Estimate:
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, math.nan)
 
 
+def exact(value: float) -> Estimate:
+    """A number that is no estimate: its interval is a point.
+
+    Args:
+        value: The number.
+
+    Returns:
+        The estimate.
+
+    Example:
+        >>> exact(2.0)
+        Estimate(mean=2.0, stderr=0.0, lower=2.0, upper=2.0)
+    """
+    return Estimate(value, 0.0, value, value)
+
+
 def moments(values: Tensor, controls: Tensor | None = None) -> Tensor:
     r"""Sums up values and their controls: all that the estimators need.
 
@@ -279,8 +295,8 @@ def phase(points: Sequence[Estimate]) -> int | None:
         Index into :data:`PHASES`; None where the last five hold fewer than three points.
 
     Example:
-        >>> exact = [Estimate(ratio, 0.0, ratio, ratio) for ratio in (0.7, 1.3, 1.4, 1.2, 0.5)]
-        >>> [phase(exact[:n]) for n in (2, 3, 4, 5)]
+        >>> points = [exact(ratio) for ratio in (0.7, 1.3, 1.4, 1.2, 0.5)]
+        >>> [phase(points[:n]) for n in (2, 3, 4, 5)]
         [None, 2, 2, 3]
     """
     window = [point for point in list(points)[-_WINDOW:] if point.lower <= point.upper]

@@ -40,16 +40,7 @@ PASS_NUM_SAMPLES = "Pass num_samples=, the samples of each batch, or a function 
 
 
 def check_dataloader(dataloader: Any, name: str, *, ready: bool = False) -> None:
-    """Raises where data of a monitor's own are not batches, or come only once.
-
-    Args:
-        dataloader: What a user gave.
-        name: The callback's name, for the message.
-        ready: Whether the user says how many samples its batches have.
-
-    Raises:
-        TypeError: With the way out.
-    """
+    """Raises where data of a monitor's own are not batches, or come only once."""
     once = isinstance(dataloader, Iterator) and not hasattr(dataloader, "flattened")  # as CombinedLoaders have
     indexed = hasattr(dataloader, "__getitem__") and not isinstance(dataloader, list)
     if not isinstance(dataloader, Iterable) or isinstance(dataloader, Dataset) or once or indexed:
@@ -115,22 +106,7 @@ def training_data(
     max_samples: int | None = None,
     count: Callable[[Any], int | None] = num_samples_of,
 ) -> TrainingData:
-    """The samples that training can draw, reached past its live iterator.
-
-    Args:
-        trainer: The Trainer, its data set up.
-        pl_module: Its module, whose transfer hooks are applied.
-        name: The callback's name, for messages.
-        dataloader: Other data, a DataLoader or an iterable of batches.
-        max_samples: Where batches have to be kept, how many samples of them; None: all.
-        count: Samples in a ready batch; None where that is not known.
-
-    Returns:
-        The data.
-
-    Raises:
-        MisconfigurationException: If the data cannot be read a second time.
-    """
+    """The samples that training can draw, reached past its live iterator."""
 
     def transfer(batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -206,15 +182,7 @@ def _reachable(loader: Any) -> list[Any]:
 
 
 def check_chosen_batch_size(batch_size: int | None, data: TrainingData) -> None:
-    """Raises where batches of a chosen size cannot be drawn.
-
-    Args:
-        batch_size: What a user chose; None: training's own.
-        data: Where batches come from.
-
-    Raises:
-        ValueError: With the way out.
-    """
+    """Raises where batches of a chosen size cannot be drawn."""
     if batch_size is not None and (data.sizes or not data.source.divisible):
         raise ValueError(
             f"batch_size={batch_size} cannot be made of the ready batches of dataloader=, of several loaders or of a "
@@ -311,16 +279,6 @@ def sampler_batches(
 
     A sampler may sort its batches, so steps are taken from anywhere in an epoch. One whose epochs are all the same has
     nothing new to give after the first.
-
-    Args:
-        data: Training data with a sampler; to be called where the generators are isolated.
-        parts: Loader batches of one optimizer step.
-        count: Batches wanted.
-        seed: Seed of the generator.
-        batch_size: Samples of a loader batch where they are not to be the sampler's.
-
-    Returns:
-        At most `count` batches. Where batches have one size, a short last one is left out unless all steps have it.
     """
     found, chooser, known = list[list[tuple[int, ...]]](), random.Random(seed), set[int]()
     for epoch in range(count):

@@ -1,6 +1,6 @@
 """What a measurement is to be and may cost: estimates before the first one, and the cut where they exceed the limit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings
@@ -28,8 +28,8 @@ class Prospect:
 
     plan: Plan
     costs: dict[str, float]  # expected seconds of each quantity
-    warnings: list[str]  # what was cut or will be missing, sentences
     notes: list[str]  # what is going to be measured, clauses
+    warnings: list[str] = field(default_factory=list)  # what was cut or will be missing, sentences
 
 
 def foreseen(
@@ -42,20 +42,7 @@ def foreseen(
     uniform: bool,
     current: bool,
 ) -> Prospect:
-    """Cuts a plan to what may be spent and says what comes of it.
-
-    Args:
-        plan: What was asked for.
-        findings: What `preflight` found about the loss.
-        agenda: Which quantities are wanted, and how often.
-        objective: The loss, its parameters, its samples.
-        max_seconds: Of one measurement.
-        uniform: Whether training draws its batches uniformly.
-        current: Whether the batch at hand can be measured.
-
-    Returns:
-        The prospect.
-    """
+    """Cuts a plan to what may be spent and says what comes of it."""
     num_samples = objective.source.num_samples
     plan, cut = affordable(plan, findings, num_samples, max_seconds)
     look = look_of(plan, findings, num_samples, agenda)
@@ -88,21 +75,11 @@ def foreseen(
     most = expected(plan, findings, num_samples)
     seconds = sum(most.get(quantity, costs[quantity]) for quantity in wanted)
     said = described(plan, findings, num_samples, objective.num_parameters, seconds, schedule)
-    return Prospect(plan, costs, warnings, said + notes)
+    return Prospect(plan, costs, said + notes, warnings)
 
 
 def pass_seconds(plan: Plan, findings: Findings, samples: float, passes: float) -> float:
-    """Seconds of products with so many samples, loaded once while they fit the memory, and beyond it for each product.
-
-    Args:
-        plan: The memory, and the samples of a batch.
-        findings: The time of a product of a batch, and what loading a sample takes.
-        samples: Samples.
-        passes: Products with all of them.
-
-    Returns:
-        Seconds, convex in the samples: a part of them takes no more than that part of the time.
-    """
+    """Seconds of products with so many samples, loaded once while they fit memory, beyond it for each product."""
     beyond = max(0.0, samples - plan.memory_bytes / max(findings.sample_bytes, 1.0))
     loads = samples + beyond * (passes - 1)
     return passes * samples / plan.step_size * findings.seconds + loads * findings.loading
@@ -118,6 +95,13 @@ def full_samples(plan: Plan, num_samples: int) -> int:
     return min(plan.first_samples or num_samples, plan.full_batch_samples or num_samples, num_samples)
 
 
+def cut_full(plan: Plan, num_samples: int, dear: float, limit: float) -> tuple[Plan, float]:
+    """The full batch, all of which takes `dear` seconds, cut to a limit; and what is left of the seconds."""
+    full = full_samples(plan, num_samples)
+    kept = max(plan.step_size, round(full * min(1.0, max(0.0, limit) / dear)))
+    return replace(plan, full_batch_samples=kept), dear * kept / full
+
+
 def expected(plan: Plan, findings: Findings, num_samples: int, *, warm: bool = False) -> dict[str, float]:
     """Seconds of each quantity, that of FullBS from scratch unless `warm`."""
     passes = WARM_PRODUCTS if warm else COLD_PRODUCTS
@@ -129,17 +113,7 @@ def expected(plan: Plan, findings: Findings, num_samples: int, *, warm: bool = F
 
 
 def look_of(plan: Plan, findings: Findings, num_samples: int, agenda: Agenda) -> Plan:
-    """The plan of the next look: under a share of wall time cut to what has been paid for.
-
-    Args:
-        plan: What the looks grow to.
-        findings: The time of a product and of loading.
-        num_samples: Samples there are.
-        agenda: What was spent on each quantity.
-
-    Returns:
-        The plan. FullBS is on a part of its samples that doubles, within each larger one.
-    """
+    """The plan of the next look: under a share of wall time cut to what has been paid for."""
     if agenda.share is None:
         return plan
     paid = {quantity: part * agenda.ledgers[quantity].spent for quantity, part in GROWTH.items()}
@@ -165,15 +139,6 @@ def settle(
     """Shares the seconds of a look out, and says what the next one is expected to take.
 
     To FullBS by its products and its loading, among the others as they were expected.
-
-    Args:
-        plan: What looks grow to.
-        findings: The time of a product and of loading.
-        agenda: The monitor's.
-        measured: What the look gave.
-        num_samples: Samples there are.
-        due: What was looked at.
-        seconds: What it took.
     """
 
     def next_look() -> dict[str, float]:
@@ -194,17 +159,7 @@ def settle(
 
 
 def affordable(plan: Plan, findings: Findings, num_samples: int, max_seconds: float) -> tuple[Plan, str]:
-    """Cuts a plan to what `max_seconds` allow, half for FullBS, half for the mini-batches, and what the other leaves.
-
-    Args:
-        plan: What was asked for.
-        findings: The time of a product and of loading.
-        num_samples: Samples there are.
-        max_seconds: Of one measurement.
-
-    Returns:
-        The plan, and what was cut in words (empty if nothing).
-    """
+    """Cuts a plan to `max_seconds`, half for FullBS, half for the mini-batches, and what the other leaves."""
     full, half, cuts = full_samples(plan, num_samples), max_seconds / 2, []
     dear = {
         "full": pass_seconds(plan, findings, full, COLD_PRODUCTS),
@@ -230,19 +185,7 @@ def affordable(plan: Plan, findings: Findings, num_samples: int, max_seconds: fl
 def described(
     plan: Plan, findings: Findings, num_samples: int, num_parameters: int, seconds: float, schedule: str
 ) -> list[str]:
-    """Says what is going to be measured.
-
-    Args:
-        plan: The plan, cut to what may be spent.
-        findings: How the loss is made of its samples' losses.
-        num_samples: Samples there are.
-        num_parameters: P.
-        seconds: What a full measurement is expected to take.
-        schedule: When, in words.
-
-    Returns:
-        Clauses without a full stop.
-    """
+    """Says what is going to be measured."""
     full = full_samples(plan, num_samples)
     samples = "all" if full == num_samples else f"a fixed random subset of {full:,} of"
     parts = [
@@ -259,17 +202,7 @@ def described(
 
 
 def predictable(plan: Plan, findings: Findings, num_samples: int, max_seconds: float) -> tuple[Plan, int, int, float]:
-    """What predictions are made of within `max_seconds`, half for the full batch and half for small groups of samples.
-
-    Args:
-        plan: The measurement's.
-        findings: The time of a product, and whether batches can be stacked: where not, single samples are too dear.
-        num_samples: Samples there are.
-        max_seconds: Of one prediction.
-
-    Returns:
-        The plan with the full batch cut, samples of a group, number of groups, and the expected seconds.
-    """
+    """What predictions are made of within `max_seconds`, half for the full batch, half for groups of samples."""
     product, half, plan = findings.seconds, max_seconds / 2, replace(plan, first_samples=None)
     full = full_samples(plan, num_samples)
     kept = round(full * min(1.0, half / pass_seconds(plan, findings, full, PREDICTION_PASSES)))

@@ -15,8 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.objective import real
-from lightning_eoss.curvature.operators import Scaling
+from lightning_eoss.curvature.operators import Coordinates
 from lightning_eoss.theory.stability import NoLimits, StabilityLimits, stability_limits
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -30,18 +29,7 @@ _ELSEWHERE = (
 
 
 def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | None) -> None:
-    """Raises at `setup` where a monitor cannot work.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: The module that it is about to train.
-        name: The callback's name, for the message.
-        loss_fn: The user's own loss, where there is one.
-
-    Raises:
-        MisconfigurationException: With what is wrong and the way out.
-        TypeError: If the loss does not take a module and a batch.
-    """
+    """Raises at `setup` where a monitor cannot work."""
     strategy = type(trainer.strategy).__name__
     if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel", "XLA")):
         raise MisconfigurationException(
@@ -71,15 +59,7 @@ def refuse(trainer: Any, pl_module: nn.Module, name: str, *, loss_fn: LossFn | N
 
 
 def refuse_frozen(pl_module: nn.Module, name: str) -> None:
-    """Raises at `on_fit_start` where nothing is trained; before, a module need not have made its parameters.
-
-    Args:
-        pl_module: The module about to be trained.
-        name: The callback's name, for the message.
-
-    Raises:
-        MisconfigurationException: With the way out.
-    """
+    """Raises at `on_fit_start` where nothing is trained; before, a module need not have made its parameters."""
     if not any(parameter.requires_grad for parameter in pl_module.parameters()):
         raise MisconfigurationException(
             f"{name} found no parameter with requires_grad=True in {type(pl_module).__name__}, "
@@ -97,15 +77,7 @@ def only_optimizer(trainer: Any, name: str, otherwise: str) -> Any:
 
 
 def cautions(trainer: Any, pl_module: nn.Module) -> list[str]:
-    """Why 2/lr may not be where this training becomes unstable, or not what is seen.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module.
-
-    Returns:
-        One sentence for each reason.
-    """
+    """Why 2/lr may not be where this training becomes unstable, or not what is seen."""
     found = []
     if trainer.gradient_clip_val:
         found.append(f"gradient_clip_val={trainer.gradient_clip_val} shortens steps")
@@ -137,25 +109,16 @@ def _overridden(pl_module: nn.Module, hook: str) -> bool:
 
 
 def training_loss(
-    trainer: Any, pl_module: nn.Module, *, loss_fn: LossFn | None, batch_idx: int, as_trained: bool
+    trainer: Any, pl_module: nn.Module, *, loss_fn: LossFn | None, batch_idx: int, as_trained: bool, evaluating: bool
 ) -> Callable[[Any], Any]:
-    """The loss that training steps on, as a function of a transferred batch; without the division by the accumulation.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module.
-        loss_fn: Replaces `training_step`.
-        batch_idx: What `training_step` is told where it asks.
-        as_trained: Under the precision plugin's autocast; else in the parameters' own precision.
-
-    Returns:
-        A function of a batch.
-    """
+    """The loss that training steps on, of a transferred batch, without the division by the accumulation."""
     step = _training_step(pl_module)
     wants_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # the rule that Lightning goes by
     device = next(pl_module.parameters()).device.type
 
     def loss(batch: Any) -> Any:
+        if evaluating:  # each time anew: the isolation puts training's modes back
+            pl_module.eval()
         with contextlib.ExitStack() as stack:
             stack.enter_context(trainer.precision_plugin.train_step_context())
             if not as_trained:  # of the plugin's context only the autocast goes, a default dtype stays
@@ -226,14 +189,7 @@ def logging_step(trainer: Any) -> int:
 
 
 def applied_limits(trainer: Any) -> StabilityLimits | NoLimits:
-    """The optimizer's stability limits with the learning rates of the step that comes next.
-
-    Args:
-        trainer: The Trainer, in `on_train_batch_start` or later.
-
-    Returns:
-        The limits, or why there are none.
-    """
+    """The optimizer's stability limits with the learning rates of the step that comes next."""
     if len(trainer.optimizers) != 1:
         return NoLimits(f"there are {len(trainer.optimizers)} optimizers")
     return stability_limits(trainer.optimizers[0])
@@ -245,24 +201,15 @@ def limits_to_come(trainer: Any) -> bool:
     return isinstance(limits, NoLimits) and limits.passing
 
 
-def scaling_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Tensor) -> Scaling | None:
-    """The coordinates in which the top eigenvalue is the edge ratio; None where plain ones will do.
-
-    Args:
-        limits: The optimizer's limits.
-        parameters: What the Hessian is taken of. Those that the optimizer does not own never move: their limit is
-            infinite.
-        like: Gives dtype and device.
-
-    Returns:
-        The coordinates, or None.
-    """
-    owned = {id(p): pair for p, *pair in zip(limits.parameters, limits.limits, limits.weight_decay, strict=True)}
+def scaling_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Tensor) -> Coordinates | None:
+    """The coordinates in which the top eigenvalue is the edge ratio; None where plain ones will do."""
+    owned = {id(parameter) for parameter in limits.parameters}
     if limits.scalar is not None and all(id(parameter) in owned for parameter in parameters):
         return None
-    pairs = [(parameter, *owned.get(id(parameter), (float("inf"), 0.0))) for parameter in parameters]
-    diagonals = [
-        torch.cat([(like.new_ones(real(p).shape) * pair[which]).detach().reshape(-1) for p, *pair in pairs])
-        for which in (0, 1)
-    ]
-    return Scaling(diagonals[0], diagonals[1])
+    return coordinates_of(limits, parameters, like)
+
+
+def coordinates_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Tensor) -> Coordinates:
+    """The same coordinates, also where plain ones would do."""
+    owned = {id(p): pair for p, *pair in zip(limits.parameters, limits.limits, limits.weight_decay, strict=True)}
+    return Coordinates.of(parameters, owned, like)

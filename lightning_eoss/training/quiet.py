@@ -18,15 +18,6 @@ def quiet(trainer: Any, pl_module: nn.Module, objects: Iterable[Any]) -> Iterato
 
     On top of it, `self.log`, `self.log_dict` and `self.print` do nothing (of every LightningModule inside), and loggers
     swallow what they are told: neither values nor results nor synchronisation come from a measurement.
-
-    Args:
-        trainer: The Trainer that runs.
-        pl_module: The module that it trains.
-        objects: What else an evaluation may change, see `isolated`; the datamodule, the optimizers, their schedulers,
-            the other callbacks and the Trainer's own metrics are added here.
-
-    Yields:
-        The isolation.
     """
     with contextlib.ExitStack() as stack:
         for module in pl_module.modules():

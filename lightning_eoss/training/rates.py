@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -40,8 +41,7 @@ class _Covered:
 
     def untouched(self) -> bool:
         """Whether the group still has the rate that was put there; seen without waiting for a device."""
-        here = self.group["lr"] is self.applied
-        return here and (not isinstance(self.applied, Tensor) or self.applied._version == self.version)
+        return self.group["lr"] is self.applied and getattr(self.applied, "_version", 0) == self.version
 
 
 class Overlay:
@@ -51,11 +51,7 @@ class Overlay:
     """
 
     def __init__(self, factor: Factor) -> None:
-        """Nothing is covered yet.
-
-        Args:
-            factor: Says by which factor, each time anew, from the groups' own rates.
-        """
+        """Covers nothing yet; `factor` says by how much, each time anew, from the groups' own rates."""
         self.optimizer: Optimizer | None = None
         self._factor = factor
         self._covered: list[_Covered] = []
@@ -68,19 +64,21 @@ class Overlay:
         own = {id(each.group): each.own for each in self._covered if each.untouched()}
         return [own.get(id(group), group["lr"]) for group in self.optimizer.param_groups]
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Covers the rates in each of the optimizer's steps from now on.
+    @property
+    def applied(self) -> list[Any]:
+        """The rates of the groups that a step takes, covered just now or not."""
+        factor = self._factor(self.own) if self._handles else 1.0
+        return [rate * factor for rate in self.own]
 
-        Args:
-            optimizer: The optimizer.
-        """
+    def attach(self, optimizer: Optimizer, *, dry: bool = False) -> None:
+        """Covers the rates in each of the optimizer's steps from now on; in a dry run in none."""
         self.detach()
         self.optimizer = optimizer
-        # A step that a GradScaler skips calls none of them: its rates are not touched.
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        if not dry:  # a step that a GradScaler skips calls none of them: its rates are not touched
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self.undo),
+            ]
 
     def detach(self) -> None:
         """Uncovers the rates and lets go of the optimizer."""
@@ -92,55 +90,31 @@ class Overlay:
     def apply(self) -> None:
         """Covers the rates; where they are covered, they are covered anew."""
         self.undo()
-        if self.optimizer is None:
+        if self.optimizer is None or not self._handles:
             return
         groups = self.optimizer.param_groups
         factor = self._factor([group["lr"] for group in groups])
         if factor == 1:
             return
-        tensors: dict[int, _Covered] = {}  # groups may share one tensor
-        for group in groups:
-            rate = group["lr"]
-            if not isinstance(rate, Tensor):
-                group["lr"] = rate * factor
-                self._covered.append(_Covered(group, rate, group["lr"], 0))
-                continue
-            if id(rate) not in tensors:
-                own = rate.detach().clone()
-                _write(rate, own * factor)
-                tensors[id(rate)] = _Covered(group, own, rate, rate._version)
-            shared = tensors[id(rate)]
-            self._covered.append(_Covered(group, shared.own, rate, shared.version))
+        for rate in {id(group["lr"]): group["lr"] for group in groups}.values():  # groups may share one tensor
+            own = rate.detach().clone() if isinstance(rate, Tensor) else rate
+            sharing = [group for group in groups if group["lr"] is rate]
+            for group in sharing:
+                write_rate(group, own * factor)
+            self._covered += [_Covered(each, own, each["lr"], getattr(each["lr"], "_version", 0)) for each in sharing]
 
-    def undo(self) -> None:
-        """Puts the own rates back, bit for bit; nothing happens where they are not covered."""
+    def undo(self, *_: Any) -> None:
+        """Puts the own rates back, bit for bit, whoever calls; nothing happens where they are not covered."""
         covered, self._covered = self._covered, []
         untouched = [each for each in covered if each.untouched()]  # before a tensor that groups share is written to
         for each in untouched:
-            if isinstance(each.applied, Tensor):
-                _write(each.applied, each.own)
-            else:
-                each.group["lr"] = each.own
-
-    def end(self, _trainer: Any) -> None:
-        """The same, as a callback does it."""
-        self.undo()
+            write_rate(each.group, each.own)
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the own rates into a checkpoint that was made while they were covered.
-
-        Args:
-            checkpoint: Lightning's, with the states of the optimizers.
-        """
-        if not self._covered:
-            return
-        for state in checkpoint.get("optimizer_states", [])[:1]:
+        """Puts the own rates into a checkpoint of Lightning's that was made while they were covered."""
+        for state in checkpoint.get("optimizer_states", [])[:1] if self._covered else []:
             for group, own in zip(state.get("param_groups", []), self.own, strict=False):
                 group["lr"] = own
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Uncovers the rates."""
-        self.undo()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Covers the rates, but not for the training step that the optimizer calls."""
@@ -160,90 +134,66 @@ class Overlay:
         return (args[0], uncovered, *args[2:]), kwargs
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
-    """In place: compiled and captured steps hold on to the tensor."""
-    with torch.no_grad():
-        tensor.copy_(value)
+def write_rate(group: dict[str, Any], rate: Any) -> None:
+    """Into a parameter group, in place where that has a tensor: compiled and captured steps hold on to it."""
+    if isinstance(group["lr"], Tensor):
+        with torch.no_grad():
+            group["lr"].copy_(torch.as_tensor(rate, dtype=group["lr"].dtype))
+    else:
+        group["lr"] = rate
 
 
 # ---- who sees it -----------------------------------------------------------------------------------------------------
 
 
-class Between(Callback):
-    """Does something between callbacks; Trainers have it while they fit."""
-
-    def __init__(
-        self, overlay: Overlay, each_batch: Callable[[Any], None], each_epoch: Callable[[Any], None] | None = None
-    ) -> None:
-        """Belongs to one overlay.
-
-        Args:
-            overlay: The overlay.
-            each_batch: What to do in `on_train_batch_start`; it is given the Trainer.
-            each_epoch: What to do in `on_train_epoch_start`.
-        """
-        self.overlay = overlay
-        self._each_batch = each_batch
-        self._each_epoch = each_epoch
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Does it."""
-        if self._each_epoch is not None:
-            self._each_epoch(trainer)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Does it."""
-        self._each_batch(trainer)
-
-
-def frame_watchers(trainer: Any, callback: Callback, overlay: Overlay, look: Callable[[Any], None]) -> None:
+def frame_watchers(trainer: Any, callback: Callback, overlay: Overlay, look: Callable[..., None]) -> None:
     """Orders the callbacks at `setup`, around those that look at learning rates.
 
     1. All that know nothing of rates, or set them: schedulers of the accumulation, finetuning, weight averaging, a
        user's own warm-up. They see and set the schedule's own rates.
-    2. The callback that covers the rates.
+    2. The callback that covers the rates, in its `on_train_epoch_start` and `on_train_batch_start`.
     3. The monitors of this package, which measure at the rates that the step is going to take.
-    4. `look`, which may change them by what was measured.
+    4. `look`, an `on_train_batch_start` that may change them by what was measured.
     5. LearningRateMonitor, which shows the rates that the step takes.
     6. The end of the cover: the module's own hooks come next.
     7. Checkpoint callbacks.
 
-    Args:
-        trainer: The Trainer; it gets a new list, since it walks through the old one just now.
-        callback: The callback that covers the rates in its `on_train_epoch_start` and `on_train_batch_start`.
-        overlay: Its overlay.
-        look: What it does before each batch, after measurements; it is given the Trainer.
-
-    Raises:
-        MisconfigurationException: If another callback covers the rates, too.
+    The Trainer gets a new list, since it walks through the old one just now. Another callback that covers the rates is
+    refused.
     """
     unframe_watchers(trainer, overlay)
-    others = [each for each in trainer.callbacks if each is not callback]
-    if any(isinstance(each, Between) for each in others):
+    if any(isinstance(getattr(each, "overlay", None), Overlay) for each in trainer.callbacks):
         raise MisconfigurationException(
             f"{type(callback).__name__} is not the only callback of this Trainer that changes the learning rate of "
             "each step, and one would take the other's rate for the schedule's own. Leave one of them."
         )
-    places: dict[int, list[Callback]] = {1: [], 2: [callback], 3: [], 4: [], 5: [], 6: [], 7: []}
-    for each in others:
-        place = (
-            7 if is_a(each, "Checkpoint") else 3 if _measures(each) else 5 if is_a(each, "LearningRateMonitor") else 1
-        )
-        places[place].append(each)
-    places[4], places[6] = [Between(overlay, look)], [Between(overlay, overlay.end, overlay.end)]
-    trainer.callbacks = [each for place in places.values() for each in place]
+    looking = between(overlay, on_train_batch_start=look)
+    ending = between(overlay, on_train_batch_start=overlay.undo, on_train_epoch_start=overlay.undo)
+    ours = {id(callback): 2, id(looking): 4, id(ending): 6}
+    trainer.callbacks = sorted(
+        [*trainer.callbacks, looking, ending], key=lambda each: ours.get(id(each)) or _place(each)
+    )
 
 
 def unframe_watchers(trainer: Any, overlay: Overlay) -> None:
-    """Takes what an overlay needs between callbacks out of their list.
+    """Takes what an overlay needs between callbacks out of their list."""
+    trainer.callbacks = [each for each in trainer.callbacks if getattr(each, "overlay", None) is not overlay]
 
-    Args:
-        trainer: The Trainer.
-        overlay: The overlay.
-    """
-    trainer.callbacks = [
-        each for each in trainer.callbacks if not (isinstance(each, Between) and each.overlay is overlay)
-    ]
+
+def between(overlay: Overlay, **hooks: Callable[..., None]) -> LambdaCallback:
+    """Does something for an overlay between callbacks; Trainers have it while they fit."""
+    callback = LambdaCallback(**hooks)
+    callback.overlay = overlay  # type: ignore[attr-defined]  # by which it is known again
+    return callback
+
+
+def _place(callback: Any) -> int:
+    """Where somebody else's callback stands."""
+    measures = any(
+        kind.__module__.startswith("lightning_eoss.") and kind.__name__.endswith("Monitor")
+        for kind in type(callback).__mro__
+    )
+    return 7 if is_a(callback, "Checkpoint") else 3 if measures else 5 if is_a(callback, "LearningRateMonitor") else 1
 
 
 def is_a(callback: Any, name: str) -> bool:
@@ -251,36 +201,7 @@ def is_a(callback: Any, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(callback).__mro__)
 
 
-def _measures(callback: Any) -> bool:
-    """Whether it is a monitor of this package."""
-    return any(
-        kind.__module__.startswith("lightning_eoss.") and kind.__name__.endswith("Monitor")
-        for kind in type(callback).__mro__
-    )
-
-
-# ---- what is applied -------------------------------------------------------------------------------------------------
-
-
-def applied_rates(trainer: Any) -> list[float]:
-    """The learning rates that a step takes, one for each parameter group, whether they are covered just now or not.
-
-    Args:
-        trainer: The Trainer, with its optimizers.
-
-    Returns:
-        The rates of all optimizers' groups, in their order.
-    """
-    rates = []
-    overlays = [each.overlay for each in trainer.callbacks if isinstance(each, Between)]
-    for optimizer in trainer.optimizers:
-        overlay = next((each for each in overlays if each.optimizer is optimizer), None)
-        if overlay is None:
-            rates += [float(group["lr"]) for group in optimizer.param_groups]
-        else:
-            factor = overlay._factor(overlay.own)
-            rates += [float(rate * factor) for rate in overlay.own]
-    return rates
+# ---- what a step is made of ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -300,18 +221,10 @@ class StepSize:
     _counts: list[int] = field(default_factory=list, repr=False)
     _longest: tuple[int, int] = (0, 0)  # accumulation, and most batches of a step where the epoch's length is unknown
 
-    def now(self, trainer: Any, batch: Any = None) -> float | None:
-        """Looks.
+    def samples(self, trainer: Any, batch: Any = None) -> float | None:
+        """The samples of a step, in `on_train_epoch_start` or later, with the batch at hand where there is one.
 
-        Args:
-            trainer: The Trainer, in `on_train_epoch_start` or later.
-            batch: The batch at hand, where there is one.
-
-        Returns:
-            The samples; None where only a batch or the step itself can tell, and where nothing is trained.
-
-        Raises:
-            MisconfigurationException: If nobody tells how many samples a batch has.
+        None where only a batch or the step itself can tell, and where nothing is trained.
         """
         loaders = trainer.fit_loop._combined_loader.flattened
         if [id(each) for each in self._loaders] != [id(each) for each in loaders]:
@@ -323,7 +236,8 @@ class StepSize:
         if probe.trains_nothing(trainer) or not parts or (None in self._told and self._counted is None):
             return None
         samples = parts * (self._counted or 0) + sum(min(parts * each[0], each[1]) for each in self._told if each)
-        samples *= _sharing(trainer)
+        sharing = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+        samples *= int(sharing)  # processes that each draw samples of their own
         return int(samples) if samples == int(samples) else round(samples, 2)
 
     def _count(self, trainer: Any, batch: Any) -> None:
@@ -365,25 +279,11 @@ def _batch_size(loader: Any) -> tuple[float, float] | None:
         return size, math.inf
 
 
-def _sharing(trainer: Any) -> int:
-    """Processes that each draw samples of their own."""
-    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size))
-
-
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refuse_other_steps(trainer: Any, pl_module: Any, name: str) -> None:
-    """Raises at `setup` where steps are not Lightning's.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: The module that it is about to train.
-        name: The callback's name, for the message.
-
-    Raises:
-        MisconfigurationException: With what is wrong and the way out.
-    """
+    """Raises at `setup` where steps are not Lightning's."""
     strategy = type(trainer.strategy).__name__
     if "DeepSpeed" in strategy:
         raise MisconfigurationException(
@@ -398,19 +298,8 @@ def refuse_other_steps(trainer: Any, pl_module: Any, name: str) -> None:
         )
 
 
-def the_optimizer(trainer: Any, name: str) -> Optimizer:
-    """The optimizer of a Trainer, at `on_fit_start` or later.
-
-    Args:
-        trainer: The Trainer.
-        name: The callback's name, for the message.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        MisconfigurationException: If there are several, or if it has no learning rates.
-    """
+def optimizer_with_rates(trainer: Any, name: str) -> Optimizer:
+    """The optimizer of a Trainer, at `on_fit_start` or later; raises where its rates cannot be covered."""
     otherwise = (
         "which of them a batch size or an edge ratio belongs to is not known. Scale them in configure_optimizers."
     )
@@ -427,19 +316,3 @@ def the_optimizer(trainer: Any, name: str) -> Optimizer:
             "Derive it from torch.optim.Optimizer."
         )
     return optimizer
-
-
-def largest_rate(rates: Sequence[Any]) -> float:
-    """The largest of some rates, numbers or tensors.
-
-    Args:
-        rates: The rates.
-
-    Returns:
-        The largest; NaN is none.
-
-    Example:
-        >>> largest_rate([0.1, torch.tensor(0.5)])
-        0.5
-    """
-    return max((float(rate) for rate in rates), default=math.nan)

@@ -26,17 +26,7 @@ class Ledger:
 
 
 def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_seconds: float) -> None:
-    """Refuses schedules that make no sense.
-
-    Args:
-        every_n_train_steps: Steps between two measurements.
-        overhead: Share of the wall time.
-        max_seconds: Upper limit of one measurement.
-
-    Raises:
-        TypeError: If one of the numbers is none.
-        ValueError: If both schedules are given, or one of the numbers is out of its range.
-    """
+    """Refuses schedules that make no sense."""
     if every_n_train_steps is not None and overhead is not None:
         raise ValueError(
             f"every_n_train_steps={every_n_train_steps} and overhead={overhead} are two schedules: "
@@ -52,13 +42,6 @@ def check_schedule(every_n_train_steps: int | None, overhead: float | None, max_
 def due_by_step(step: int, every_n_steps: int) -> bool:
     """Whether a measurement falls on this optimizer step: 0, n, 2n, ...
 
-    Args:
-        step: Optimizer steps done.
-        every_n_steps: The distance n.
-
-    Returns:
-        Whether to measure before the next step.
-
     Example:
         >>> [step for step in range(7) if due_by_step(step, 3)]
         [0, 3, 6]
@@ -70,13 +53,6 @@ def claims(ledgers: Mapping[str, Ledger], weights: Mapping[str, float]) -> dict[
     """What each quantity will have been given by its next measurement, over its weight: the lowest goes first.
 
     Reckoned at the present cost: the first measurement starts from nothing, and is not held against it.
-
-    Args:
-        ledgers: What each quantity costs.
-        weights: Its part of the budget, relative to others; 1 where nothing else is said.
-
-    Returns:
-        Seconds.
 
     Example:
         >>> claims({"cheap": Ledger(cost=1.0, count=1), "dear": Ledger(cost=3.0)}, {"dear": 2.0})
@@ -107,18 +83,6 @@ def due_by_share(
     The quantity with the lowest of `claims` comes first. While that one cannot be paid, no cheaper one takes its turn.
     A quantity brings along those before it in `ledgers`: differences (MiniBS - FullBS) need both at one step.
 
-    Args:
-        ledgers: What each quantity costs, in the order in which they bring one another along.
-        spent: Seconds spent on measuring since fit began.
-        elapsed: Seconds since fit began, measurements included.
-        share: Of the wall time, for all of them.
-        eager: Everything is due if all of it is expected to cost less than this, in seconds; for the first step.
-        weights: See `claims`.
-        others: Claims and costs of what draws on the same budget elsewhere, and is saved up for in its turn.
-
-    Returns:
-        What to measure now.
-
     Example:
         >>> ledgers = {"cheap": Ledger(cost=1.0, count=1), "dear": Ledger(cost=3.0, count=1)}
         >>> [sorted(due_by_share(ledgers, 4.0, elapsed, 0.05)) for elapsed in (98.0, 99.0, 156.0)]
@@ -141,13 +105,6 @@ def charged(ledger: Ledger, seconds: float) -> Ledger:
     """Enters a measurement.
 
     The first one starts from nothing and says little about the next, so the second replaces it as the expected cost.
-
-    Args:
-        ledger: The ledger before.
-        seconds: What the measurement took.
-
-    Returns:
-        The ledger after; the expected cost follows the newest measurements with a memory of about two.
 
     Example:
         >>> charged(Ledger(cost=4.0, count=3, spent=15.0), 2.0)
@@ -177,6 +134,7 @@ class Agenda:
     _peers: "list[Agenda]" = field(default_factory=list, repr=False)  # itself among them
     _fresh: bool = True  # nothing has been tried yet in this fit
     _last_step: int = -1  # that was tried; manual optimisation may skip steps
+    _postponed: frozenset[str] = frozenset()  # to the next step, under a schedule of steps
     _asleep: float = 0.0  # seconds since fit began before which its share pays for nothing
 
     def __post_init__(self) -> None:
@@ -187,26 +145,22 @@ class Agenda:
         self.ledgers = {quantity: Ledger() for quantity in self.quantities}
 
     def begin(self, trainer: Any) -> None:
-        """Starts a fit.
-
-        Args:
-            trainer: The Trainer, which several monitors may share.
-        """
-        self._fresh, self._last_step, self.spent, self._peers = True, -1, 0.0, [self]
+        """Starts a fit of a Trainer, which several monitors may share."""
+        self._fresh, self._last_step, self.spent, self._peers, self._postponed = True, -1, 0.0, [self], frozenset()
         if self.share is not None:
             self._peers = _TOGETHER.setdefault(trainer, [])
             self._peers[:] = [*(each for each in self._peers if each is not self), self]
 
     def tried(self, step: int) -> None:
         """Notes that something was tried before this step."""
-        self._fresh, self._last_step, self._asleep = False, step, 0.0
+        self._fresh, self._last_step, self._asleep, self._postponed = False, step, 0.0, frozenset()
+
+    def postpone(self, due: frozenset[str]) -> None:
+        """Puts off to the next step what a schedule of steps would give only at its next turn."""
+        self._postponed = due
 
     def expect(self, costs: Mapping[str, float]) -> None:
-        """Enters estimates where nothing has been measured, and strikes out what has none.
-
-        Args:
-            costs: Quantity to seconds.
-        """
+        """Enters estimates, in seconds, where nothing has been measured, and strikes out what has none."""
         self.ledgers = {
             quantity: ledger if ledger.count else Ledger(costs[quantity])
             for quantity, ledger in self.ledgers.items()
@@ -214,12 +168,7 @@ class Agenda:
         }
 
     def rescale(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        """Notes that the next measurements are of other sizes than the last.
-
-        Args:
-            before: What was expected of the last ones, in seconds.
-            after: What would have been expected of the next ones.
-        """
+        """Notes that measurements have other sizes from now on, by the seconds expected of the old and the new ones."""
         for quantity, ledger in self.ledgers.items():
             if before.get(quantity):
                 self.ledgers[quantity] = replace(ledger, cost=ledger.cost * after[quantity] / before[quantity])
@@ -235,15 +184,9 @@ class Agenda:
         return [name for name, ledger in self.ledgers.items() if self.share is not None and not ledger.count]
 
     def due(self, step: int, elapsed: float, begun: float = 0.0) -> frozenset[str]:
-        """The quantities whose time has come.
+        """What to measure before the next step: the quantities whose time has come.
 
-        Args:
-            step: Optimizer steps done.
-            elapsed: Seconds since fit began.
-            begun: Seconds spent in a hook that has not ended yet.
-
-        Returns:
-            What to measure before the next step.
+        `elapsed` seconds since fit began, `begun` of them in a hook that has not ended yet.
         """
         if self.every_n_steps is None:
             if elapsed < self._asleep:  # steps are many, and asking takes time
@@ -256,7 +199,8 @@ class Agenda:
         if step == self._last_step:
             return frozenset()
         every = {quantity: self.every_n_steps * self.seldom.get(quantity, 1) for quantity in self.ledgers}
-        return frozenset(quantity for quantity, distance in every.items() if due_by_step(step, distance))
+        turn = frozenset(quantity for quantity, distance in every.items() if due_by_step(step, distance))
+        return turn | (self._postponed & self.ledgers.keys())
 
     def _due_by_share(self, elapsed: float, begun: float) -> frozenset[str]:
         """What this monitor's share pays for, and the largest one among its peers for all together."""

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from lightning_eoss.curvature.batches import num_samples_of
 from lightning_eoss.curvature.memory import free, memory_budget, out_of_memory
-from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective
+from lightning_eoss.curvature.objective import LOADING, BatchCache, Objective, while_loading
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.solver import Plan, demand
-from lightning_eoss.isolation.isolate import Isolation
+from lightning_eoss.display.page import write_page
 from lightning_eoss.training.data import TrainingData, check_dataloader, is_live, training_data
 from lightning_eoss.training.probe import batches_begun, logging_step, step_parts, training_loss
 from lightning_eoss.training.quiet import quiet
 
+Picture = Callable[..., None]  # writes more than scalars into a logger's `experiment`, at `step`
 _FIRST = (
     "{} met this at its first measurement. Where training_step cannot be evaluated once more, pass loss_fn=, a "
     "function of (pl_module, batch) that returns the loss (for operator='ggn' outputs_fn=); without the callback "
@@ -45,7 +46,7 @@ class Watch:
     max_samples: int | None = None  # that an iterable of unknown length is read for
     num_samples: int | Callable[[Any], int] | None = None  # of a ready batch; None: as it says itself
     as_trained: bool = False  # under training's own autocast
-    page: Callable[..., None] | None = None  # writes the dashboard, see `display.page.write_page`
+    evaluating: bool = False  # with the module in eval mode
     history: list[dict[str, float]] = field(default_factory=list)
     data: TrainingData | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -74,48 +75,24 @@ class Watch:
         return time.perf_counter() - self.began
 
     @contextmanager
-    def objective(
-        self, trainer: Any, pl_module: Any, batch_idx: int, *, evaluating: bool = False
-    ) -> Iterator[tuple[Objective, Isolation]]:
-        """The loss that training steps on, as a function of any samples; nothing that is done with it is ever seen.
-
-        Args:
-            trainer: The Trainer that runs.
-            pl_module: The module that it trains.
-            batch_idx: What `training_step` is told where it asks.
-            evaluating: Whether the module is in eval mode meanwhile.
-
-        Yields:
-            The objective, and the isolation that it lives in.
-        """
+    def objective(self, trainer: Any, pl_module: Any, batch_idx: int) -> Iterator[Objective]:
+        """The loss that training steps on, as a function of any samples; nothing that is done with it is ever seen."""
         if self.data is None or (self.dataloader is None and not is_live(self.data, trainer)):
             self.data = training_data(trainer, pl_module, self.name, self.dataloader, self.max_samples, self.count)
         with quiet(trainer, pl_module, (*self.data.objects, self.loss_fn)) as isolation:
-            loss = training_loss(
-                trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, as_trained=self.as_trained
-            )
-
             if self._memory == math.inf:
                 self._memory = memory_budget(next(pl_module.parameters()).device)
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-            owned = [parameter for group in groups for parameter in group["params"]]
-
-            def evaluated(batch: Any) -> Any:
-                pl_module.eval()  # each time anew: the isolation puts training's modes back
-                return loss(batch)
-
-            yield (
-                Objective(
-                    pl_module,
-                    evaluated if evaluating else loss,
-                    self.data.source,
-                    isolation,
-                    self._cache(trainer),
-                    owned={id(each) for each in owned} or None,
-                    # The divisor is the whole accumulation's, also where the epoch ends before it is full.
-                    scale=self._parts(trainer) / trainer.accumulate_grad_batches,
-                ),
+            modes = {"as_trained": self.as_trained, "evaluating": self.evaluating}
+            yield Objective(
+                pl_module,
+                training_loss(trainer, pl_module, loss_fn=self.loss_fn, batch_idx=batch_idx, **modes),
+                self.data.source,
                 isolation,
+                self._cache(trainer),
+                owned={id(parameter) for group in groups for parameter in group["params"]} or None,
+                # The divisor is the whole accumulation's, also where the epoch ends before it is full.
+                scale=self._parts(trainer) / trainer.accumulate_grad_batches,
             )
 
     def count(self, batch: Any) -> int | None:
@@ -153,29 +130,19 @@ class Watch:
         return caches.setdefault(id(self.data.loader), BatchCache(self._memory))
 
     def release(self, trainer: Any, monitor: Any) -> None:
-        """Lets go of the batches that monitors share, once the last of them has had its turn.
-
-        Args:
-            trainer: The Trainer that runs.
-            monitor: The one whose turn it was; those that share have a true `shares_batches`.
-        """
-        if trainer in _SHARED and monitor is [m for m in trainer.callbacks if getattr(m, "shares_batches", False)][-1]:
+        """Lets go of the batches that monitors share, once the last of them has had its turn."""
+        sharing = [each for each in trainer.callbacks if getattr(getattr(each, "watch", None), "shares", False)]
+        if trainer in _SHARED and monitor is sharing[-1]:
             self.forget(trainer)
 
     def forget(self, trainer: Any) -> None:
         """Lets go of them whoever's turn it is: a fit ends, well or not."""
         _SHARED.pop(trainer, None)
 
-    def publish(self, trainer: Any, callback: Any, values: dict[str, float], *pictures: Callable[..., None]) -> None:
+    def publish(self, trainer: Any, callback: Any, values: dict[str, float], *pictures: Picture) -> None:
         """Keeps scalars and gives them to the Trainer and to every logger, with pictures, and first of all a dashboard.
 
         All that callbacks of this package write goes through here: what a logger does not take is lost, and no more.
-
-        Args:
-            trainer: The Trainer that runs.
-            callback: The one that publishes, whose `dashboard_categories` are explained on the dashboard.
-            values: Tag to value.
-            pictures: Write more than scalars into a logger's experiment, at `step`.
         """
         step = logging_step(trainer)
         self.history.append({"step": float(step), **values})
@@ -187,9 +154,9 @@ class Watch:
             with self._losing(logger):
                 logger.log_metrics(dict(values), step=step)
             with self._losing(logger):
-                if self.page is not None and id(logger) not in self._drawn:
+                if id(logger) not in self._drawn:
                     experiment = getattr(logger, "experiment", None)
-                    self.page(experiment, shown, callback.dashboard_categories, self.notes)
+                    write_page(experiment, shown, callback.dashboard_categories, self.notes)
                     self._drawn.add(id(logger))
             for picture in pictures:
                 with self._losing(logger):
@@ -209,12 +176,7 @@ class Watch:
             )
 
     def count_twins(self, trainer: Any, monitor: Any) -> None:
-        """Warns where several monitors of one kind write the same tags.
-
-        Args:
-            trainer: The Trainer, whose callbacks are known.
-            monitor: The one that asks; the last of them speaks.
-        """
+        """Warns where several monitors of one kind write the same tags; the last of them speaks."""
         twins = [other for other in trainer.callbacks if type(other) is type(monitor)]
         if len(twins) > 1 and monitor is twins[-1]:
             self.say(
@@ -227,18 +189,15 @@ class Watch:
         """Lets a measurement fail without ending training, unless nothing is lost with it.
 
         A first one ends it, as long as training has hardly begun: what is wrong with a loss will stay wrong. Samples
-        that cannot be loaded and memory that runs out say nothing of the loss.
-
-        Args:
-            first: Whether nothing has been measured yet.
-            vital: Whether training cannot go on without what is done here.
+        that cannot be loaded and memory that runs out say nothing of the loss. Where training cannot go on without what
+        is done here, all of them are vital.
         """
         early = first and self.elapsed < EARLY_SECONDS
         try:
             yield
             self._failures = self._rests = 0
         except Exception as error:
-            notes = [LOADING] if LOADING in getattr(error, "__notes__", ()) else []
+            notes = [LOADING] if while_loading(error) else []
             if vital or (early and not notes and not out_of_memory(error)):
                 if not isinstance(error, MisconfigurationException):  # that has a way out of its own
                     error.add_note(_FIRST.format(self.name))
@@ -262,11 +221,7 @@ class Watch:
         return plan
 
     def sparing(self, look: Callable[[], Any]) -> Any:
-        """Looks; where memory runs out, with half as much at once, and again. What is learned of memory stays.
-
-        Args:
-            look: A measurement whose plan is `within`.
-        """
+        """Looks; where memory runs out, with half as much at once, and again. What is learned of memory stays."""
         for _ in range(TRIES):
             self._wanted = math.inf
             try:
@@ -279,11 +234,12 @@ class Watch:
             free()
         return look()
 
-    def say(self, message: str, *, about: str | None = None) -> None:
+    def say(self, *messages: str, about: str | None = None) -> None:
         """Warns, once for each message, or for what several messages are about."""
-        if (about or message) not in self._said:
-            self._said.add(about or message)
-            rank_zero_warn(f"{self.name}: {message}")
+        for message in messages:
+            if (about or message) not in self._said:
+                self._said.add(about or message)
+                rank_zero_warn(f"{self.name}: {message}")
 
     def announce(self, notes: Sequence[str]) -> None:
         """Says in a line what is going to be measured, and notes it for the dashboard."""
@@ -295,15 +251,8 @@ class Watch:
         rank_zero_info(f"{self.name}: {'; '.join(notes)}.")
 
 
-def now(pl_module: Any) -> float:
-    """The time at which the device has done all that it was told.
-
-    Args:
-        pl_module: A module, which tells the device.
-
-    Returns:
-        Seconds of `time.perf_counter`.
-    """
+def device_time(pl_module: Any) -> float:
+    """The time at which the module's device has done all that it was told."""
     device = next(pl_module.parameters()).device
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)

@@ -184,7 +184,7 @@ class Told(Callback):
     def __init__(self, ratios: dict[int, Estimate | float], **others: Any) -> None:
         self.ratios = {step: around(each) if isinstance(each, (int, float)) else each for step, each in ratios.items()}
         self.others = others
-        self.latest: Reading | None = None
+        self.reading: Reading | None = None
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         step = trainer.global_step
@@ -193,7 +193,7 @@ class Told(Callback):
             each = self.ratios[step]
             ratio = Estimate(each.mean * share, 0.0, each.lower * share, each.upper * share)
             made = {"batch_size": 4, "mini_batch": ratio, "directional": ratio, "full_batch": ratio.mean / 2}
-            self.latest = Reading(**{"step": step, "num_samples": 1000, **made, **self.others})
+            self.reading = Reading(**{"step": step, "num_samples": 1000, **made, **self.others})
 
 
 # As the package's own monitors, it is known by its name.

@@ -14,6 +14,7 @@ from lightning_eoss.callbacks import gradient_noise as module
 from lightning_eoss.callbacks.gradient_noise import GradientNoiseMonitor
 from lightning_eoss.display import tags
 from lightning_eoss.theory.gradient_noise import sampling_factor
+from lightning_eoss.training import monitor as training_monitor
 from tests.cases import CASES, run, unwatched
 from tests.habits.modules import batch_norm
 from tests.problems import dense_gradient_and_hessian, squared_error
@@ -46,8 +47,8 @@ def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
     assert_same(watched, state)
     assert cells(tmp_path / "watched") == logged
     shown = points(tmp_path / "watched")
-    assert len(watch.history) >= 1 and watch._findings is not None
-    needed = ALWAYS + (PREDICTED if watch._findings.reduction == "mean" else ())
+    assert len(watch.history) >= 1 and watch.findings is not None
+    needed = ALWAYS + (PREDICTED if watch.findings.reduction == "mean" else ())
     assert all(len(shown[tag]) == len(watch.history) for tag in needed)
 
 
@@ -57,7 +58,7 @@ def test_a_share_of_wall_time_changes_nothing_either(tmp_path: Path) -> None:
     watch = noise(every_n_train_steps=None, overhead=0.5)
     _, watched = run(batch_norm, tmp_path / "watched", watch, max_epochs=20)
     assert_same(watched, alone)
-    assert watch.history and watch._agenda.spent <= 0.9 * watch._watch.elapsed
+    assert watch.history and watch.agenda.spent <= 0.9 * watch.watch.elapsed
 
 
 def test_the_numbers_are_those_of_dense_gradients(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_the_numbers_are_those_of_dense_gradients(tmp_path: Path) -> None:
     lower, upper = (shown[end] for end in tags.interval(tags.NOISE_MEASURED))
     assert lower <= shown[tags.NOISE_MEASURED] <= upper
     assert abs(shown[tags.NOISE_MEASURED] - shown[tags.NOISE_PREDICTED]) < upper - lower
-    assert watch.last is not None and watch.last.batch_size == 12
+    assert watch.latest is not None and watch.latest.batch_size == 12
 
 
 FETCHED: list[tuple[int, ...]] = []  # a global, which no isolation puts back
@@ -136,18 +137,18 @@ def test_tensorboard_gets_the_curve_and_the_page(tmp_path: Path) -> None:
 
 
 def test_what_exceeds_the_limit_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module.preflight
+    original = training_monitor.preflight
 
     def slow(*args: Any, **options: Any) -> Any:
         return module.replace(original(*args, **options), seconds=0.5)
 
-    monkeypatch.setattr(module, "preflight", slow)
+    monkeypatch.setattr(training_monitor, "preflight", slow)
     watch = noise(max_seconds=60, num_batches=50)  # 60 passes over 24 samples would take 180 s, and 50 batches 25 s
     fit(tmp_path, Regressor(), loader(), watch, max_epochs=1)
-    assert watch._plan is not None and watch.last is not None
-    assert watch._plan.full_batch_samples == watch.last.num_samples == 6
-    assert watch._plan.num_batches == 30
-    assert watch.last.dataset_size == 24
+    assert watch.plan is not None and watch.latest is not None
+    assert watch.plan.full_batch_samples == watch.latest.num_samples == 6
+    assert watch.plan.num_batches == 30
+    assert watch.latest.dataset_size == 24
 
 
 def test_the_warm_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,7 @@ def test_the_warm_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "gradient_noise", watched)
     watch = noise()
     fit(tmp_path, Regressor(), loader(), watch)
-    assert len(starts) == 3 and starts[0] is None
+    assert len(starts) == 3 and starts[0].top is None
     assert all(start.top is not None and start.of_full for start in starts[1:])
 
 
@@ -175,8 +176,8 @@ def test_data_and_loss_of_its_own(tmp_path: Path) -> None:
         seeded()
         watch = noise(dataloader=loader(own, 5), **options)
         fit(tmp_path / name, Regressor(), loader(), watch, max_steps=1)
-        assert watch.last is not None and (watch.last.dataset_size, watch.last.batch_size) == (10, 5)
-        found[name] = watch.last
+        assert watch.latest is not None and (watch.latest.dataset_size, watch.latest.batch_size) == (10, 5)
+        found[name] = watch.latest
     assert found["doubled"].trace.mean == pytest.approx(4 * found["plain"].trace.mean, rel=1e-4)
     assert found["doubled"].scale.mean == pytest.approx(found["plain"].scale.mean, rel=1e-4)
 
@@ -184,7 +185,7 @@ def test_data_and_loss_of_its_own(tmp_path: Path) -> None:
 def test_a_batch_size_of_its_own(tmp_path: Path) -> None:
     watch = noise(batch_size=7)
     fit(tmp_path, Regressor(), loader(), watch, max_steps=1, accumulate_grad_batches=2)
-    assert watch.last is not None and watch.last.batch_size == 7
+    assert watch.latest is not None and watch.latest.batch_size == 7
 
 
 def test_ready_batches_have_no_other_size(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_resumed_monitor_keeps_its_history(tmp_path: Path) -> None:
     again = noise()
     again.load_state_dict(watch.state_dict())
     assert again.history == watch.history and len(again.history) == 3
-    assert again._agenda.state_dict() == watch._agenda.state_dict()
+    assert again.agenda.state_dict() == watch.agenda.state_dict()
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:

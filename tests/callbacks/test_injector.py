@@ -73,7 +73,7 @@ def test_the_noise_has_the_covariance_of_a_batch_at_the_weights(noise: Noise, tm
     """At a learning rate of 0 all steps see the same weights. Whitened, the noise of 48 steps is chi-squared."""
     module = linear(0.0)
     rows = sample_gradients(module)
-    injector = GradientNoiseInjector(noise, batch_size=3)
+    injector = GradientNoiseInjector(noise=noise, batch_size=3)
     found = recorded(tmp_path, module, injector, max_epochs=16, logger=False).gradients
     noise_seen = (torch.stack(found) - rows.mean(0)).numpy()
     assert noise_seen.shape == (48, 8)
@@ -102,7 +102,7 @@ def test_without_noise_it_is_the_full_gradient(options: Any, tmp_path: Path) -> 
 
 def test_without_noise_training_is_gradient_descent_to_the_bit(tmp_path: Path) -> None:
     states = []
-    for number, callbacks in enumerate([(), (GradientNoiseInjector("none"),)]):
+    for number, callbacks in enumerate([(), (GradientNoiseInjector(noise="none"),)]):
         states.append(state_of(fit(tmp_path / str(number), network(), loader(DATA, 12), *callbacks, max_epochs=5)))
     assert_same(*states)
 
@@ -110,7 +110,7 @@ def test_without_noise_training_is_gradient_descent_to_the_bit(tmp_path: Path) -
 def test_batches_of_any_size_descend_alike_without_noise(tmp_path: Path) -> None:
     """Two epochs of three batches are six epochs of one; steps of unequal batches are weighted by their samples."""
     whole = fit(tmp_path / "whole", network(), loader(DATA, 12), max_epochs=6).lightning_module
-    cut = fit(tmp_path / "cut", network(), loader(DATA, 5), GradientNoiseInjector("none")).lightning_module
+    cut = fit(tmp_path / "cut", network(), loader(DATA, 5), GradientNoiseInjector(noise="none")).lightning_module
     for expected, found in zip(whole.parameters(), cut.parameters(), strict=True):
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
 
@@ -129,7 +129,7 @@ def test_the_default_imitates_the_step_of_training(tmp_path: Path) -> None:
 
 def test_a_step_of_accumulated_batches_is_replaced_once(tmp_path: Path) -> None:
     """And is not divided by their number."""
-    recorder = recorded(tmp_path, network(), GradientNoiseInjector("none"), accumulate_grad_batches=3)
+    recorder = recorded(tmp_path, network(), GradientNoiseInjector(noise="none"), accumulate_grad_batches=3)
     assert len(recorder.gradients) == 2
     assert_same([each.shape for each in recorder.gradients], [each.shape for each in recorder.expected])
     for found, expected in zip(recorder.gradients, recorder.expected, strict=True):
@@ -153,7 +153,7 @@ def test_a_subset_stays_the_same_and_stands_for_all(tmp_path: Path) -> None:
     module = linear(0.0)
     rows, found = sample_gradients(module), []
     for noise in ("none", "full"):
-        injector = GradientNoiseInjector(noise, batch_size=5, full_batch_samples=5, seed=3)
+        injector = GradientNoiseInjector(noise=noise, batch_size=5, full_batch_samples=5, seed=3)
         found += recorded(tmp_path / noise, module, injector, max_epochs=1).gradients
     for each in found[1:]:
         assert torch.allclose(each, found[0], rtol=1e-12)
@@ -172,7 +172,9 @@ def test_a_subset_stays_the_same_and_stands_for_all(tmp_path: Path) -> None:
 def test_other_data_and_another_loss_take_training_s_place(noise: Any, tmp_path: Path) -> None:
     module = linear(0.0)
     batches = list(loader(Subset(DATA, range(7)), 3))  # of 3, 3 and 1
-    injector = GradientNoiseInjector(noise, 7, loss_fn=lambda module, batch: 2 * module.loss(batch), dataloader=batches)
+    injector = GradientNoiseInjector(
+        noise=noise, batch_size=7, loss_fn=lambda module, batch: 2 * module.loss(batch), dataloader=batches
+    )
     expected = 2 * sample_gradients(module)[:7].mean(0)
     for found in recorded(tmp_path, module, injector).gradients:
         assert torch.allclose(found, expected, rtol=1e-12)
@@ -260,7 +262,7 @@ class Habits(Regressor):
 def test_only_the_gradient_is_replaced(tmp_path: Path) -> None:
     """At a learning rate of 0 all else must be what it is without the callback."""
     states = []
-    for name, callbacks in (("plain", ()), ("injected", (GradientNoiseInjector("none"),))):
+    for name, callbacks in (("plain", ()), ("injected", (GradientNoiseInjector(noise="none"),))):
         seeded()
         module = Habits()
         state = state_of(fit(tmp_path / name, module, loader(shuffle=True), *callbacks))
@@ -274,7 +276,7 @@ def test_only_the_gradient_is_replaced(tmp_path: Path) -> None:
 
 def test_it_says_once_that_training_changes(tmp_path: Path, caplog: Any) -> None:
     with caplog.at_level("INFO"):
-        fit(tmp_path, linear(), loader(DATA), GradientNoiseInjector("diagonal", 3))
+        fit(tmp_path, linear(), loader(DATA), GradientNoiseInjector(noise="diagonal", batch_size=3))
     said = [each.getMessage() for each in caplog.records if "GradientNoiseInjector" in each.getMessage()]
     assert said == [
         "GradientNoiseInjector: this changes training: each step goes by the gradient of 12 samples, with diagonal "
@@ -304,7 +306,7 @@ def test_layers_that_need_a_batch_are_refused_with_a_way_out(tmp_path: Path) -> 
 @pytest.mark.parametrize("noise", ["full", "none"])
 def test_dropout_is_drawn_anew_at_each_step(noise: Any, tmp_path: Path) -> None:
     module = network(net=nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)), learning_rate=0.0)
-    first, *others = recorded(tmp_path, module, GradientNoiseInjector(noise, batch_size=12)).gradients
+    first, *others = recorded(tmp_path, module, GradientNoiseInjector(noise=noise, batch_size=12)).gradients
     assert all(not torch.allclose(first, other) for other in others)
 
 
@@ -316,7 +318,7 @@ def test_a_failure_ends_training(tmp_path: Path) -> None:
             raise RuntimeError("out of luck")
         return module.loss(batch)
 
-    injector = GradientNoiseInjector("none", loss_fn=loss_fn)
+    injector = GradientNoiseInjector(noise="none", loss_fn=loss_fn)
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(tmp_path, linear(), loader(DATA), injector)
 

@@ -78,7 +78,7 @@ def test_other_monitors_keep_it_too(kind: Any, tmp_path: Path) -> None:
     watch = kind(every_n_train_steps=2, max_seconds=5)
     data = DataLoader(Slow(), 64, shuffle=True)
     fit(tmp_path, Regressor(nets("mean")), data, watch, max_epochs=1, limit_train_batches=3)
-    assert 0.2 * 5 <= watch.last.seconds <= 1.05 * 5
+    assert 0.2 * 5 <= watch.latest.seconds <= 1.05 * 5
 
 
 def test_predictions_keep_it_too(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_at_a_share_the_first_look_is_no_tenth_of_two_minutes(tmp_path: Path) ->
     assert 180 <= Clock.now <= 190
     (first, *_) = (point for point in watch.history if "sharpness/MiniBS" in point)
     assert first["step"] == 0 and first["cost/seconds"] <= EAGER_SECONDS
-    assert watch._agenda.spent <= 1.1 * 0.05 * Clock.now
+    assert watch.agenda.spent <= 1.1 * 0.05 * Clock.now
     shown = [tag for point in watch.history for tag in point]
     assert shown.count("sharpness/MiniBS") >= 2 and shown.count("sharpness/FullBS") >= 1
 
@@ -114,7 +114,7 @@ def test_monitors_of_all_kinds_have_one_share(tmp_path: Path) -> None:
     watches = [SharpnessMonitor(), GradientNoiseMonitor(max_seconds=5), SpectralDensityMonitor(max_seconds=5)]
     data = DataLoader(Slow(), 64, shuffle=True)
     fit(tmp_path, Regressor(nets("mean")), data, *watches, max_epochs=-1, max_steps=1000)
-    spent = sum(watch._agenda.spent for watch in watches)
+    spent = sum(watch.agenda.spent for watch in watches)
     assert 0.8 * 0.05 * Clock.now <= spent <= 1.1 * 0.05 * Clock.now
     assert all(watch.history for watch in watches)
     assert watches[0].history[-1]["cost/share"] == pytest.approx(spent / Clock.now, rel=0.1)

@@ -45,7 +45,7 @@ def test_with_everything_on_a_watched_run_is_the_same_run(case: Any, tmp_path: P
     assert_same(watched, state)
     assert cells(tmp_path / "watched") == logged
     assert len(density.history) >= 1
-    if watch._findings.reduction == "mean" and watch._watch.data.sampler is None:
+    if watch.findings.reduction == "mean" and watch.watch.data.sampler is None:
         assert all(len(points(tmp_path / "watched")[tag]) >= 1 for tag in (*MODELS, *NUMBERS))
 
 
@@ -90,7 +90,7 @@ def test_batches_that_are_not_uniform_are_not_predicted(tmp_path: Path) -> None:
 
 
 def test_a_prediction_that_fails_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharpness, "predict", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sharpness, "prediction", lambda *_, **__: 1 / 0)
     with pytest.warns(UserWarning, match="a measurement failed and is left out.*ZeroDivisionError"):
         fit(tmp_path, Regressor(), loader(), monitor(1, predictions=True))
     assert len(points(tmp_path)[tags.MINI_BS]) == 12
@@ -110,8 +110,8 @@ def test_a_loss_that_becomes_nan_is_not_predicted(tmp_path: Path) -> None:
 def test_predictions_are_paid_for_from_the_same_budget(tmp_path: Path) -> None:
     watch = monitor(None, overhead=0.5, predictions=True)
     fit(tmp_path, Regressor(), loader(), watch, max_epochs=20)
-    assert watch._agenda.ledgers["prediction"].count >= 1
-    assert watch._agenda.spent <= 0.9 * watch._watch.elapsed
+    assert watch.agenda.ledgers["prediction"].count >= 1
+    assert watch.agenda.spent <= 0.9 * watch.watch.elapsed
     assert tags.PREDICTION_SUBSPACE in points(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_the_spectrum_is_that_of_the_dense_hessian(tmp_path: Path) -> None:
     zeros = int((eigenvalues.abs() < 1e-12 * eigenvalues[-1]).sum())
     assert shown[tags.SPECTRUM_RANK] == pytest.approx(len(eigenvalues) - zeros, abs=2)
     assert shown[tags.SPECTRUM_BATCH_LARGEST] != shown[tags.SPECTRUM_LARGEST]
-    assert density.last is not None and density.last.batch_size == 6
+    assert density.latest is not None and density.latest.batch_size == 6
 
 
 def test_batch_norm_has_two_spectra(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_share_of_wall_time_pays_for_the_spectrum(tmp_path: Path) -> None:
     density = spectrum(every_n_train_steps=None, overhead=0.5)
     fit(tmp_path, Regressor(), loader(), density, max_epochs=60)
     assert len(density.history) >= 2
-    assert density._agenda.spent <= 0.9 * density._watch.elapsed
+    assert density.agenda.spent <= 0.9 * density.watch.elapsed
 
 
 def test_a_resumed_spectrum_keeps_its_history(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from torch.optim import lr_scheduler
 from lightning_eoss.callbacks.rescaler import LearningRateRescaler
 from lightning_eoss.theory.control import Reading
 from lightning_eoss.theory.statistics import Estimate
-from lightning_eoss.training.rates import applied_rates
 from tests.callbacks.schedules import (
     NOTHING,
     ByEpoch,
@@ -28,7 +27,7 @@ from tests.callbacks.schedules import (
     steered,
     trained,
 )
-from tests.runs import Regressor, fit, loader, monitor, points, samples, seeded
+from tests.runs import Regressor, applied_rates, fit, loader, monitor, points, samples, seeded
 
 
 def test_a_limit_is_kept_from_the_measured_step_on(tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_what_cannot_be_used_moves_nothing(options: Any, tmp_path: Path) -> None
     infinite = Estimate(math.inf, math.nan, math.nan, math.inf)
     assert unmoved("infinite", ToldMonitor(dict.fromkeys(range(12), infinite)))
     stale = ToldMonitor({})
-    stale.latest = Reading(-3, 4, around(5.0), around(5.0), 5.0, 1000)
+    stale.reading = Reading(-3, 4, around(5.0), around(5.0), 5.0, 1000)
     assert unmoved("stale", stale)
     late = ToldMonitor(dict.fromkeys(range(1, 12), 5.0), step=0)  # again and again of the first step
     assert unmoved("late", late)
@@ -168,7 +167,7 @@ def test_full_and_mini_batches_may_be_measured_at_different_steps(tmp_path: Path
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             step, rate = trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]
             mini, full = (NOTHING, 4.0 * rate) if step == 3 else (around(6.0 * rate), math.nan)
-            self.latest = Reading(step, 4, mini, NOTHING, full, 10**9)
+            self.reading = Reading(step, 4, mini, NOTHING, full, 10**9)
 
     kind = type("TurnsMonitor", (Turns,), {"__module__": "lightning_eoss.callbacks.told"})
     module = Scheduled(lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9), rates=(0.1,))

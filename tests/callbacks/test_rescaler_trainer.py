@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
 from torch.optim import SGD
 
 from lightning_eoss.callbacks.rescaler import LearningRateRescaler
-from lightning_eoss.training.rates import applied_rates
 from tests.callbacks.schedules import (
     SCHEDULERS,
     Accumulate,
@@ -33,7 +32,7 @@ from tests.callbacks.schedules import (
     shown,
     trained,
 )
-from tests.runs import Regressor, assert_same, fit, loader, monitor, points, trainer_of
+from tests.runs import Regressor, applied_rates, assert_same, fit, loader, monitor, points, trainer_of
 
 # ---- who sees which rate ---------------------------------------------------------------------------------------------
 

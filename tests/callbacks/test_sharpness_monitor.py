@@ -548,7 +548,7 @@ def test_a_reloaded_loader_is_followed(tmp_path):
     fit(tmp_path, module, None, watch, max_epochs=2, reload_dataloaders_every_n_epochs=1)
     sizes = [entry["sharpness/batch_size"] for entry in watch.history]
     assert sizes == [2.0] * 12 + [4.0] * 6
-    assert torch.equal(watch._watch.data.source.dataset.tensors[0], samples(24, seed=1).tensors[0])
+    assert torch.equal(watch.watch.data.source.dataset.tensors[0], samples(24, seed=1).tensors[0])
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

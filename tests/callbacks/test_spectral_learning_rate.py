@@ -124,7 +124,7 @@ def test_the_batch_is_that_of_an_optimizer_step(tmp_path: Path) -> None:
         fit(tmp_path / directory, Grouped(), data, learning, keep, max_epochs=1, accumulate_grad_batches=count)
         expected = float(torch.linalg.eigvalsh(dense(keep.nets[0], doubles())).abs().max())
         found = learning.history[0][tags.LEARNING_RATE_LARGEST]
-        assert learning.last is not None and learning.last.batch_size == size * count
+        assert learning.latest is not None and learning.latest.batch_size == size * count
         assert (found == pytest.approx(expected, rel=1e-6)) is (count == 6)
 
 
@@ -296,7 +296,7 @@ def test_what_has_been_set_is_not_set_again(tmp_path: Path) -> None:
     fit(tmp_path / "first", Regressor(), loader(), callback(), Save(), max_epochs=3)
     later = callback()
     trainer = fit(tmp_path / "second", Regressor(), loader(), later, ckpt_path=tmp_path / "12.ckpt", max_epochs=4)
-    assert [entry["step"] for entry in later.history] == [0, 12] and later.last is None
+    assert [entry["step"] for entry in later.history] == [0, 12] and later.latest is None
     assert rates_of(trainer)[0] == later.history[1][tags.LEARNING_RATE_APPLIED]
 
 
@@ -397,7 +397,12 @@ class Rates(LearningRateMonitor):
 def test_others_see_the_rate_of_the_step_that_comes(tmp_path: Path) -> None:
     """Wherever they stand in the list: LearningRateMonitor, and the threshold of SharpnessMonitor."""
     seeded()
-    rates, monitor, keep, learning = Rates(), SharpnessMonitor(6, num_batches=4), Keep(), callback(every_n_epochs=1)
+    rates, monitor, keep, learning = (
+        Rates(),
+        SharpnessMonitor(every_n_train_steps=6, num_batches=4),
+        Keep(),
+        callback(every_n_epochs=1),
+    )
     callbacks = [rates, monitor, keep, learning]
     trainer = fit(tmp_path, Regressor(), loader(), *callbacks, max_epochs=3)
     assert trainer.callbacks[0] is learning and [each for each in trainer.callbacks if each in callbacks[:3]]

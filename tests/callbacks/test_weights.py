@@ -75,7 +75,7 @@ class Keep(Callback):
 @pytest.mark.parametrize("case", CASES)
 def test_a_watched_run_is_the_same_run(case: Any, tmp_path: Path) -> None:
     state, logged = unwatched(case)
-    watch = WeightDistanceMonitor(1, projection=16)
+    watch = WeightDistanceMonitor(every_n_train_steps=1, projection=16)
     _, watched = run(case, tmp_path / "watched", watch)
     assert_same(watched, state)
     assert cells(tmp_path / "watched") == logged
@@ -100,7 +100,7 @@ def test_distances_are_those_of_the_weights(tmp_path: Path) -> None:
     laws = distance_laws(late, [keep.distance(step) for step in late])
     assert shown[tags.WEIGHTS_LOG_SLOPE][late[-1]] == pytest.approx(laws.slope, rel=1e-4)
     assert shown[tags.WEIGHTS_POWER_R2][late[-1]] == pytest.approx(laws.power_r2, abs=1e-4)
-    assert watch.laws.slope == shown[tags.WEIGHTS_LOG_SLOPE][late[-1]]
+    assert watch.latest.slope == shown[tags.WEIGHTS_LOG_SLOPE][late[-1]]
 
 
 def test_the_law_of_a_known_walk_is_found(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_the_power_law_of_a_known_walk_is_found(tmp_path: Path) -> None:
     path = lambda t: torch.tensor([0.3 * t**0.5], dtype=torch.float64)  # noqa: E731
     watch = WeightDistanceMonitor(points_per_decade=10)
     fit(tmp_path, Walker(path), loader(), watch, max_epochs=100)
-    assert (watch.laws.exponent, watch.laws.factor) == pytest.approx((0.5, 0.3), rel=1e-5)
-    assert watch.laws.power_r2 > 0.999999 > watch.laws.log_r2
+    assert (watch.latest.exponent, watch.latest.factor) == pytest.approx((0.5, 0.3), rel=1e-5)
+    assert watch.latest.power_r2 > 0.999999 > watch.latest.log_r2
 
 
 @each_kind
@@ -132,7 +132,7 @@ def test_the_angle_of_known_displacements(turn: float, projection: int | None, t
         sides = torch.arange(t, dtype=torch.float64) * math.radians(turn)
         return torch.stack([sides.cos().sum(), sides.sin().sum()])
 
-    fit(tmp_path, Walker(path), loader(), WeightDistanceMonitor(1, projection=projection))
+    fit(tmp_path, Walker(path), loader(), WeightDistanceMonitor(every_n_train_steps=1, projection=projection))
     angles = points(tmp_path)[tags.WEIGHTS_ANGLE]
     assert list(angles) == list(range(2, 12))
     assert list(angles.values()) == pytest.approx([turn] * 10, abs=1e-5)
@@ -161,7 +161,7 @@ def test_layers_are_as_deep_as_asked(layers: list[str], tmp_path: Path) -> None:
 def test_steps_are_those_of_the_optimizer(tmp_path: Path) -> None:
     """Twelve batches an epoch, three to a step: t is a step, and each is looked at once."""
     keep = Keep()
-    watch = WeightDistanceMonitor(2)
+    watch = WeightDistanceMonitor(every_n_train_steps=2)
     fit(tmp_path, Regressor(), loader(batch_size=2), keep, watch, max_epochs=3, accumulate_grad_batches=3)
     shown = points(tmp_path)[tags.WEIGHTS_DISTANCE]
     assert list(shown) == [2, 4, 6, 8, 10]
@@ -231,7 +231,7 @@ def test_the_size_of_checkpoints_is_said(
 ) -> None:
     said: list[str] = []
     watch = WeightDistanceMonitor(projection=projection)
-    monkeypatch.setattr(watch._watch, "announce", lambda notes: said.extend(notes))
+    monkeypatch.setattr(watch.watch, "announce", lambda notes: said.extend(notes))
     fit(tmp_path, Regressor(), loader(), watch)
     state = watch.state_dict()
     size = sum(each.nbytes for each in (*state["_initial"], *state["_last"]))
@@ -261,7 +261,7 @@ def test_a_resumed_run_is_the_same_run(at: int, projection: int | None, tmp_path
     saved = tmp_path / f"whole-step={at}.ckpt"
     resumed = trained("resumed", 1, ckpt_path=saved)
     assert resumed.history == whole.history and len(whole.history) > 20
-    assert resumed.laws == whole.laws
+    assert resumed.latest == whole.latest
     last = points(tmp_path / "whole")
     for tag, values in points(tmp_path / "resumed").items():
         assert values == {step: value for step, value in last[tag].items() if step >= at}
@@ -276,7 +276,7 @@ def test_a_checkpoint_may_be_loaded_with_weights_only(tmp_path: Path) -> None:
 
 def test_a_second_fit_goes_on_from_the_first_start(tmp_path: Path) -> None:
     """With another Trainer, whose steps begin at 0."""
-    module, watch, keep = Regressor(), WeightDistanceMonitor(5), Keep()
+    module, watch, keep = Regressor(), WeightDistanceMonitor(every_n_train_steps=5), Keep()
     fit(tmp_path / "first", module, loader(), keep, watch)  # 12 steps
     fit(tmp_path / "second", module, loader(), watch)
     assert [point[0] for point in watch._points] == [5, 10, 15, 20]
@@ -291,7 +291,7 @@ def test_a_second_fit_goes_on_from_the_first_start(tmp_path: Path) -> None:
 
 
 def test_another_model_starts_anew(tmp_path: Path) -> None:
-    watch = WeightDistanceMonitor(1)
+    watch = WeightDistanceMonitor(every_n_train_steps=1)
     fit(tmp_path / "first", Regressor(), loader(), watch)
     with pytest.warns(UserWarning, match="these are not the parameters of the first fit, so distances start anew"):
         fit(tmp_path / "second", Regressor(nn.Linear(4, 2)), loader(), watch)
@@ -304,7 +304,7 @@ def test_the_steps_before_an_error_count(tmp_path: Path) -> None:
             if trainer.global_step == 4:
                 raise RuntimeError("no more")
 
-    module, watch = Regressor(), WeightDistanceMonitor(1)
+    module, watch = Regressor(), WeightDistanceMonitor(every_n_train_steps=1)
     with pytest.raises(RuntimeError, match="no more"):
         fit(tmp_path / "first", module, loader(), watch, Stop())
     fit(tmp_path / "second", module, loader(), watch, max_epochs=1)
@@ -325,7 +325,7 @@ class Thaw(BaseFinetuning):
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")
 def test_what_is_frozen_at_the_start_does_not_count(tmp_path: Path) -> None:
     """Nor after it thaws, also in a second fit that begins with it thawed."""
-    module, watch = Regressor(), WeightDistanceMonitor(1)
+    module, watch = Regressor(), WeightDistanceMonitor(every_n_train_steps=1)
     fit(tmp_path / "first", module, loader(), Thaw(), watch, max_epochs=3)
     fit(tmp_path / "second", module, loader(), watch)
     assert list(watch._shapes) == ["net.2.weight", "net.2.bias"]
@@ -339,7 +339,7 @@ def test_what_is_frozen_at_the_start_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*UninitializedParameter:UserWarning")
 def test_what_has_no_values_yet_is_left_out(tmp_path: Path) -> None:
-    watch = WeightDistanceMonitor(1)
+    watch = WeightDistanceMonitor(every_n_train_steps=1)
     with pytest.warns(UserWarning, match=r"net\.0\.weight, net\.0\.bias have no values before the first step"):
         fit(tmp_path, Regressor(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 2))), loader(), watch)
     assert list(watch._shapes) == ["net.1.weight", "net.1.bias"]
@@ -351,7 +351,7 @@ def test_weights_that_are_lost_end_no_training(tmp_path: Path) -> None:
             if trainer.global_step == 5:
                 pl_module.net[0].bias.data.fill_(torch.nan)
 
-    watch = WeightDistanceMonitor(1)
+    watch = WeightDistanceMonitor(every_n_train_steps=1)
     trainer = fit(tmp_path, Regressor(), loader(), watch, Nan())
     assert trainer.global_step == 12
     assert list(points(tmp_path)[tags.WEIGHTS_DISTANCE]) == [1, 2, 3, 4]
@@ -361,7 +361,7 @@ def test_weights_that_are_lost_end_no_training(tmp_path: Path) -> None:
 def test_a_look_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "angle", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="a measurement failed and is left out.*ZeroDivisionError"):
-        assert fit(tmp_path, Regressor(), loader(), WeightDistanceMonitor(1)).global_step == 12
+        assert fit(tmp_path, Regressor(), loader(), WeightDistanceMonitor(every_n_train_steps=1)).global_step == 12
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers:UserWarning")
@@ -397,14 +397,14 @@ def test_complex_parameters_have_a_distance(tmp_path: Path) -> None:
             return super().loss(batch) + (self.phase - 1).abs().square().sum()
 
     keep = Keep()
-    fit(tmp_path, Complex(), loader(), keep, WeightDistanceMonitor(1))
+    fit(tmp_path, Complex(), loader(), keep, WeightDistanceMonitor(every_n_train_steps=1))
     moved = (keep.weights[9]["phase"] - keep.weights[0]["phase"]).abs().square().sum().sqrt()
     assert points(tmp_path)[of("phase")][9] == pytest.approx(float(moved), rel=1e-5)
 
 
 def test_a_long_history_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "HISTORY", 8)
-    watch = WeightDistanceMonitor(1)
+    watch = WeightDistanceMonitor(every_n_train_steps=1)
     fit(tmp_path, Regressor(), loader(), watch)
     assert [point[0] for point in watch._points] == [1, 5, 9, 10, 11] or len(watch._points) <= 8
 

@@ -20,7 +20,7 @@ from lightning_eoss.curvature.batches import (
     split,
 )
 from lightning_eoss.curvature.objective import BatchCache
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.seeds import Use, derived_seed
 from tests.problems import assert_close, made, mlp, objective_of, pictures, squared_error
 
 torch.set_num_threads(1)
@@ -141,6 +141,11 @@ def test_derived_seeds_differ_and_stay() -> None:
     seeds = {derived_seed(seed, *keys) for seed in range(3) for keys in [(0,), (1,), (0, 1), (1, 0)]}
     assert len(seeds) == 12 and all(0 <= seed < 2**32 for seed in seeds)
     assert derived_seed(0, 1) == derived_seed(0, 1)
+
+
+def test_no_two_uses_share_a_seed() -> None:
+    assert len({int(use) for use in Use.__members__.values()}) == len(Use.__members__)
+    assert len({derived_seed(0, use) for use in Use}) == len(Use)
 
 
 def test_copies_share_nothing() -> None:

@@ -19,8 +19,8 @@ from lightning_eoss.curvature.gauss_newton import discovered_outputs, gauss_newt
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import Sequential, gradient_graph, hessian_product
 from lightning_eoss.curvature.preflight import Findings, preflight
-from lightning_eoss.curvature.solver import Plan, WarmStart
-from lightning_eoss.measurements.sharpness import measure
+from lightning_eoss.curvature.solver import Plan, Solver
+from lightning_eoss.measurements.sharpness import sharpness
 from tests.problems import (
     LossFn,
     Sample,
@@ -156,7 +156,7 @@ def test_an_error_off_the_gradient_is_found(along: str) -> None:
             found = doubt(objective, part)
             assert found is not None and found.differences
             return
-        measurement, _ = measure(objective, Plan(8, tol=1e-6), CLEAN, WarmStart())
+        measurement, _ = sharpness(Solver(objective, Plan(8, tol=1e-6), CLEAN))
     assert measurement.doubt is not None and measurement.doubt.differences
     assert measurement.full_batch.value == pytest.approx(expected, rel=precision(honest, F64))
 
@@ -178,7 +178,7 @@ def test_an_error_that_comes_up_in_training_is_found_at_an_audit(tmp_path: Path)
     with pytest.warns(UserWarning, match=r"finite difference of gradients differ by") as caught:
         fit(tmp_path, module, loader(), watching, max_epochs=1)
     assert len([each for each in caught if "differ by" in str(each.message)]) == 1
-    assert watching._findings is not None and watching._findings.differences
+    assert watching.findings is not None and watching.findings.differences
     found = points(tmp_path)["sharpness/FullBS"]
     for step in range(1, 6):
         assert found[step] == pytest.approx(expected[step], rel=0.01)
@@ -190,9 +190,9 @@ def test_what_is_sampled_is_drawn_again_for_differences() -> None:
     with objective_of(model, squared_error, pictures()) as objective:
         batches = list(zip(*[random_batches(objective.source, 4, seed=1)], range(6), strict=False))
         plan = Plan(4, num_batches=6, rel_error=1e-9, tol=1e-5)
-        found, _ = measure(objective, plan, CLEAN, WarmStart(), full=False, batches=iter([b for b, _ in batches]))
-        redone, _ = measure(
-            objective, plan, CLEAN.after(found.doubt), WarmStart(), full=False, batches=iter([b for b, _ in batches])
+        found, _ = sharpness(Solver(objective, plan, CLEAN), full=False, batches=iter([b for b, _ in batches]))
+        redone, _ = sharpness(
+            Solver(objective, plan, CLEAN.after(found.doubt)), full=False, batches=iter([b for b, _ in batches])
         )
     assert len(found.mini_batch.values) == 6
     assert found.mini_batch.values == redone.mini_batch.values and redone.doubt is None
@@ -288,9 +288,9 @@ def test_detached_targets_are_warned_about_once(dtype: torch.dtype) -> None:
             "finite difference of gradients differ by" in warning
             and "not symmetric, as where targets are det" in warning
         )
-        measurement, _ = measure(objective, Plan(8), findings, WarmStart())
+        measurement, _ = sharpness(Solver(objective, Plan(8), findings))
         assert measurement.doubt is None
-        again, _ = measure(objective, Plan(8), replace(findings, detached=False), WarmStart())
+        again, _ = sharpness(Solver(objective, Plan(8), replace(findings, detached=False)))
         assert again.doubt is not None and findings.after(again.doubt) == findings
         assert again.full_batch.value == pytest.approx(measurement.full_batch.value, rel=0.01)
 
@@ -371,7 +371,7 @@ def test_rows_of_zeros_that_come_up_late() -> None:
     with objective_of(made(linear), loss_fn, padded) as objective:
         findings = preflight(objective, 8)
         assert not findings.differences
-        found, _ = measure(objective, Plan(8, num_batches=8), findings, WarmStart())
+        found, _ = sharpness(Solver(objective, Plan(8, num_batches=8), findings))
     assert found.doubt is not None and found.doubt.differences
     assert "LinalgVectorNorm" in found.doubt.message
     assert found.dropped == 0 and found.full_batch.value > 0

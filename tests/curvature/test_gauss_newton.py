@@ -18,10 +18,10 @@ from lightning_eoss.curvature.gauss_newton import (
     curvature_of,
     discovered_outputs,
     gauss_newton,
-    ntk,
 )
 from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import Scaling, Sequential
+from lightning_eoss.curvature.operators import Coordinates, Sequential
+from papers.tangent_kernel import ntk
 from tests.oracles import empirical_fisher_eigenvalues, gauss_newton_eigenvalues
 from tests.problems import (
     Attention,
@@ -212,7 +212,7 @@ def test_scaled_coordinates() -> None:
     with some_batches(mlp, cross_entropy) as (objective, batches):
         limits, decay = probes(objective, 2).abs() + 0.5
         vectors = probes(objective, 2)
-        operator = operator_of(objective, batches, cross_entropy, Scaling(limits, decay))
+        operator = operator_of(objective, batches, cross_entropy, Coordinates(limits, decay))
         products, gradients = operator.matvec(vectors), operator.gradients()
         for row, batch in enumerate(batches):
             matrix = (dense(objective.module, cross_entropy, batch) + torch.diag(decay)) / (

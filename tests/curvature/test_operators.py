@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_eoss.curvature.batches import Batch, Part, full_batch, random_batches, split
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.operators import (
-    Scaling,
+    Coordinates,
     Sequential,
     Stacked,
     agrees_when_stacked,
@@ -175,7 +175,7 @@ def test_stacked_equals_sequential(net: Callable[[], nn.Module], loss_fn: LossFn
 def test_stacked_in_scaled_coordinates() -> None:
     with some_batches(mlp, squared_error) as (objective, batches):
         limits = probes(objective, 1)[0].abs() + 0.5
-        scaling = Scaling(limits, 0.1 * limits)
+        scaling = Coordinates(limits, 0.1 * limits)
         vectors = probes(objective, 3)
         sequential, stacked = Sequential(objective, batches, scaling), Stacked(objective, batches, scaling)
         assert_close(stacked.gradients(), sequential.gradients())
@@ -221,7 +221,7 @@ def test_scaled_operator() -> None:
         limits = probes(objective, 1)[0].abs() + 0.5
         limits[::7] = torch.inf
         decay = probes(objective, 2)[1].abs()
-        operator = Sequential(objective, batches, Scaling(limits, decay))
+        operator = Sequential(objective, batches, Coordinates(limits, decay))
         vectors = probes(objective, 3)
         products, gradients = operator.matvec(vectors), operator.gradients()
     factors = limits.rsqrt()
@@ -238,7 +238,7 @@ def test_weight_decay_alone() -> None:
         decay = probes(objective, 1)[0].abs()
         vectors = probes(objective, 3)
         plain = Sequential(objective, batches).matvec(vectors)
-        assert_close(Sequential(objective, batches, Scaling(None, decay)).matvec(vectors), plain + decay * vectors)
+        assert_close(Sequential(objective, batches, Coordinates(None, decay)).matvec(vectors), plain + decay * vectors)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

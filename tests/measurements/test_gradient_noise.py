@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_eoss.curvature import solver
 from lightning_eoss.curvature.batches import Part, full_batch
 from lightning_eoss.curvature.operators import Sequential
 from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.solver import Plan, Solver, WarmStart
+from lightning_eoss.curvature.solver import COLD, Plan, Solver, WarmStart
 from lightning_eoss.measurements import gradient_noise as module
 from lightning_eoss.measurements.gradient_noise import GradientNoise, gradient_noise
 from lightning_eoss.theory.gradient_noise import sampling_factor
@@ -45,7 +46,7 @@ def noise_of(
     data: Any = DATA,
     loss_fn: Any = squared_error,
     *,
-    warm: WarmStart | None = None,
+    warm: WarmStart = COLD,
     stream: int = 0,
     **options: Any,
 ) -> GradientNoise:
@@ -53,8 +54,7 @@ def noise_of(
     plan = Plan(**{"batch_size": 4, "full_batch_samples": None, **options})
     with objective_of(net, loss_fn, data) as objective:
         findings = preflight(objective, plan.batch_size, parts=plan.parts)
-        solver = Solver(objective, plan, findings, torch.Generator().manual_seed(stream))
-        return gradient_noise(solver, warm, num_batches=plan.num_batches, stream=stream)
+        return gradient_noise(Solver(objective, plan, findings, stream=stream), warm, num_batches=plan.num_batches)
 
 
 def dense(net: Any, data: Any = DATA, loss_fn: Any = squared_error) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +198,7 @@ def test_subsets_are_unbiased(together: bool, monkeypatch: pytest.MonkeyPatch) -
     found = []
     for drawn in combinations(range(6), 4):
         subset = (Part(1.0, 4, drawn),)
-        monkeypatch.setattr(module, "full_batch", lambda *_, subset=subset, **__: subset)
+        monkeypatch.setattr(Solver, "full_batch", lambda _, subset=subset: subset)
         found.append(noise_of(made(linear), FEW, batch_size=2, num_batches=1000, full_batch_samples=4))
     means = {
         name: sum(getattr(noise, name).mean for noise in found) / len(found)
@@ -228,7 +228,7 @@ def test_standard_errors_are_the_scatter_over_seeds() -> None:
         patch.setattr(module, "_OTHER_SIZES", ())
         findings = preflight(objective, 3)
         for seed in range(120):
-            solver = Solver(objective, replace(plan, seed=seed), findings, torch.Generator().manual_seed(seed))
+            solver = Solver(objective, replace(plan, seed=seed), findings)
             found.append(gradient_noise(solver, num_batches=12))
     mean_is([noise.trace for noise in found], float(covariance.trace()))
     mean_is([noise.norm_squared for noise in found], float(gradient @ gradient))
@@ -289,11 +289,11 @@ def test_samples_are_streamed() -> None:
 def test_the_chunks_are_those_of_the_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        module, "full_batch", lambda *args, **options: seen.append((args, options)) or full_batch(*args, **options)
+        solver, "full_batch", lambda *args, **options: seen.append((args, options)) or full_batch(*args, **options)
     )
     noise_of(made(mlp), full_batch_samples=9, seed=5)
     ((_, size), options) = seen[0]
-    assert size == 256 and options == {"max_samples": 9, "seed": 5}
+    assert size == 256 and options == {"max_samples": 9, "first": None, "seed": 5}
 
 
 def test_the_last_eigenvector_is_where_the_next_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_the_last_eigenvector_is_where_the_next_one_starts(monkeypatch: pytest.M
     original = Sequential.matvec
     monkeypatch.setattr(Sequential, "matvec", lambda self, vectors: products.append(1) or original(self, vectors))
     found = []
-    for warm in (None, None, noise_of(made(mlp)).warm):
+    for warm in (COLD, COLD, noise_of(made(mlp)).warm):
         products.clear()
         found.append((noise_of(made(mlp), warm=warm, stream=1), len(products)))
     (cold, many), (_, again), (warm, few) = found
@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_gives_no_numbers() -> None:
     with objective_of(made(linear), squared_error, TINY) as objective:
         findings = preflight(objective, 4)
     with objective_of(net, squared_error, TINY) as objective:
-        noise = gradient_noise(Solver(objective, plan, findings, torch.Generator()))
+        noise = gradient_noise(Solver(objective, plan, findings), num_batches=32)
     for estimate in (noise.trace, noise.measured, noise.norm_squared, noise.scale, noise.curvature_scale):
         assert not math.isfinite(estimate.mean)
     assert math.isnan(noise.cosine)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_eoss.measurements.potential import RandomPotential, random_potential
+from lightning_eoss.measurements.potential import RandomPotential, measure_random_potential
 from tests.problems import squared_error
 
 P = 20
@@ -35,7 +35,7 @@ def measured(slope: Tensor | float = SLOPE, curves: Tensor | float = 0.0, **opti
         step = model.w - start
         return batch.mean() * ((slope * step).sum() + (curves * step.square()).sum() / 2 + 3)
 
-    return random_potential(model, loss, DATA, **{"distances": [0.1, 1.0, 10.0], **options})
+    return measure_random_potential(model, loss, DATA, **{"distances": [0.1, 1.0, 10.0], **options})
 
 
 def closed(z: float, slope: Tensor, curves: Tensor) -> tuple[float, float]:
@@ -116,20 +116,20 @@ def problem(norm: bool = False) -> tuple[nn.Module, list[Any]]:
 
 def test_the_loss_is_that_of_all_samples_whatever_the_chunks() -> None:
     model, data = problem()
-    whole = random_potential(model, squared_error, data, distances=[0.5, 1.0], num_directions=4)
-    chunks = random_potential(model, squared_error, data, distances=[0.5, 1.0], num_directions=4, batch_size=7)
+    whole = measure_random_potential(model, squared_error, data, distances=[0.5, 1.0], num_directions=4)
+    chunks = measure_random_potential(model, squared_error, data, distances=[0.5, 1.0], num_directions=4, batch_size=7)
     torch.testing.assert_close(chunks.differences, whole.differences, rtol=1e-4, atol=1e-6)
     assert chunks.taylor_slope == pytest.approx(whole.taylor_slope, rel=1e-5)
     batch = tuple(torch.stack(column) for column in zip(*data, strict=True))
     assert whole.loss == pytest.approx(squared_error(model, batch).item(), rel=1e-5)
     assert (whole.num_samples, whole.num_parameters) == (30, 44)
-    assert random_potential(model, squared_error, data, distances=[1.0], full_batch_samples=9).num_samples == 9
+    assert measure_random_potential(model, squared_error, data, distances=[1.0], full_batch_samples=9).num_samples == 9
 
 
 def test_small_distances_show_the_gradient() -> None:
     model, data = problem()
     doubles = [(x.double(), y.double()) for x, y in data]
-    found = random_potential(model.double(), squared_error, doubles, distances=[1e-4], num_directions=1000)
+    found = measure_random_potential(model.double(), squared_error, doubles, distances=[1e-4], num_directions=1000)
     assert found.rms[0].mean / 1e-4 == pytest.approx(found.taylor_slope, rel=0.08)
 
 
@@ -146,7 +146,7 @@ def test_no_trace_is_left(fails: bool) -> None:
         return squared_error(model, batch) * (1 + torch.rand(()))
 
     with pytest.raises(RuntimeError, match="no more") if fails else contextlib.nullcontext():
-        random_potential(model, loss, data, distances=[1.0], num_directions=20)
+        measure_random_potential(model, loss, data, distances=[1.0], num_directions=20)
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[3].weight.grad is None
@@ -154,7 +154,7 @@ def test_no_trace_is_left(fails: bool) -> None:
 
 
 def test_a_loss_that_overflows_has_no_exponent() -> None:
-    found = random_potential(
+    found = measure_random_potential(
         Weights(), lambda model, batch: (model.w**2).sum().exp() + 0 * batch.sum(), DATA, distances=[1.0, 30.0, 60, 90]
     )
     assert math.isfinite(found.rms[0].mean) and not math.isfinite(found.rms[-1].mean)

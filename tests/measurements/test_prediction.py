@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eoss.curvature.batches import full_batch
-from lightning_eoss.curvature.solver import WarmStart
-from lightning_eoss.measurements.prediction import SharpnessPrediction, Unpredictable, predict, predict_sharpness
+from lightning_eoss.measurements.prediction import SharpnessPrediction, Unpredictable, predict_sharpness, prediction
 from lightning_eoss.measurements.sharpness import measure_sharpness
 from lightning_eoss.measurements.subspace import outlier_subspace
 from lightning_eoss.theory.random_matrix import eigenvector_overlap, marchenko_pastur_outlier, wigner_outlier
@@ -139,10 +138,7 @@ def test_the_subspace_is_that_of_dense_matrices() -> None:
 def test_groups_of_samples_predict_larger_batches() -> None:
     data, model = pictures(48), made(mlp)
     with solver_of(model, squared_error, data) as solver:
-        objective, plan, findings = solver.objective, solver.plan, solver.findings
-        single, paired = (
-            predict(objective, plan, findings, WarmStart(), batch_sizes=[8], group_size=size) for size in (1, 4)
-        )
+        single, paired = (prediction(solver, batch_sizes=[8], group_size=size) for size in (1, 4))
     assert paired.subspace[0].estimate.mean == pytest.approx(single.subspace[0].estimate.mean, rel=0.04)
 
 

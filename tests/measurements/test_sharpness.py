@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 from lightning_eoss import checks
 from lightning_eoss.curvature.batches import BatchListSource, DatasetSource, Part, full_batch, random_batches
 from lightning_eoss.curvature.objective import Objective
-from lightning_eoss.curvature.operators import Scaling, Sequential, Stacked
+from lightning_eoss.curvature.operators import PLAIN, Coordinates, Sequential, Stacked
 from lightning_eoss.curvature.preflight import preflight
-from lightning_eoss.curvature.seeds import derived_seed
+from lightning_eoss.curvature.seeds import Use, derived_seed
 from lightning_eoss.curvature.solver import Plan, Solver, WarmStart
+from lightning_eoss.curvature.workers import Workers
 from lightning_eoss.isolation.isolate import isolated
-from lightning_eoss.measurements.sharpness import SharpnessMeasurement, measure, measure_sharpness
+from lightning_eoss.measurements.sharpness import SharpnessMeasurement, measure_sharpness, sharpness
 from tests.problems import (
     NETS,
     LossFn,
@@ -50,12 +51,15 @@ TOL = 1e-6
 
 
 def drawn(source: Any, plan: Plan, count: int, stream: int = 0) -> list[Any]:
-    """The mini-batches that `measure` draws."""
-    batches = random_batches(source, plan.batch_size, parts=plan.parts, seed=derived_seed(plan.seed, 3, stream))
+    """The mini-batches that `sharpness` draws."""
+    seed = derived_seed(plan.seed, Use.MINI_BATCHES, stream)
+    batches = random_batches(source, plan.batch_size, parts=plan.parts, seed=seed)
     return list(itertools.islice(batches, count))
 
 
-def dense_values(model: nn.Module, loss_fn: LossFn, batches: Any, scaling: Scaling | None = None) -> tuple[Any, Any]:
+def dense_values(
+    model: nn.Module, loss_fn: LossFn, batches: Any, scaling: Coordinates | None = None
+) -> tuple[Any, Any]:
     """lambda_max and directional sharpness of each batch."""
     values, directional = [], []
     for batch in batches:
@@ -79,7 +83,7 @@ def measured(
         findings = preflight(objective, plan.batch_size, parts=plan.parts)
         if scaling is not None:
             scaling = scaling(objective.num_parameters)
-        return measure(objective, plan, findings, WarmStart(), scaling=scaling, **options)[0], objective
+        return sharpness(Solver(objective, plan, findings, coordinates=scaling or PLAIN), **options)[0], objective
 
 
 # ---- right -----------------------------------------------------------------------------------------------------------
@@ -128,11 +132,11 @@ def test_a_current_batch_that_is_loaded_already() -> None:
 def test_scaled_coordinates() -> None:
     """Edge ratios: limits that differ, one of them infinite (a learning rate of 0), and coupled weight decay."""
 
-    def scaling(dim: int) -> Scaling:
+    def scaling(dim: int) -> Coordinates:
         generator = torch.Generator().manual_seed(0)
         limits = torch.rand(dim, generator=generator, dtype=torch.float64) + 0.5
         limits[3] = torch.inf
-        return Scaling(limits, torch.rand(dim, generator=generator, dtype=torch.float64))
+        return Coordinates(limits, torch.rand(dim, generator=generator, dtype=torch.float64))
 
     plan = Plan(5, num_batches=3, tol=TOL)
     found, objective = measured(mlp, cross_entropy, plan, scaling)
@@ -163,8 +167,8 @@ def test_linear_regression_enumerated_over_all_batches(batch_size: int) -> None:
         plan = Plan(batch_size, num_batches=len(subsets), rel_error=1e-9, tol=TOL)
         every = iter([(Part(1.0, batch_size, subset),) for subset in subsets])
         findings = preflight(objective, batch_size)
-        found, _ = measure(objective, plan, findings, WarmStart(), batches=every)
-        sampled, _ = measure(objective, Plan(batch_size, num_batches=200, tol=TOL), findings, WarmStart())
+        found, _ = sharpness(Solver(objective, plan, findings), batches=every)
+        sampled, _ = sharpness(Solver(objective, Plan(batch_size, num_batches=200, tol=TOL), findings))
     assert list(found.plain.values) == pytest.approx(exact, rel=TOL)
     assert found.plain.mean == pytest.approx(sum(exact) / len(exact), rel=TOL)
     assert found.full_batch.value == pytest.approx(top(inputs.T @ inputs / 7), rel=TOL)
@@ -185,8 +189,9 @@ def test_the_mean_of_the_controls_is_known_exactly() -> None:
             plan = Plan(3, num_batches=len(subsets), tol=0.05)
             findings = preflight(objective, 3)
             every = iter([(Part(1.0, 3, subset),) for subset in subsets])
-            found, _ = measure(objective, plan, findings, warm, batches=every, decide=undecided)
-            known, _ = measure(objective, plan, findings, warm)
+            solver = Solver(objective, plan, findings, workers=Workers(decide=undecided))
+            found, _ = sharpness(solver, warm, batches=every)
+            known, _ = sharpness(Solver(objective, plan, findings), warm)
         assert len(found.controls) == len(subsets) and found.full_batch.residual > 1e-6
         assert sum(found.controls) / len(found.controls) == pytest.approx(known.control_mean, rel=1e-12)
 
@@ -225,7 +230,7 @@ def test_ready_batches_are_never_split() -> None:
     with isolated(model) as isolation:
         source = BatchListSource(batches, [6, 6, 6])
         objective = Objective(model, lambda batch: squared_error(model, batch), source, isolation)
-        found, _ = measure(objective, Plan(1, num_batches=3, tol=TOL), preflight(objective, 1), WarmStart())
+        found, _ = sharpness(Solver(objective, Plan(1, num_batches=3, tol=TOL), preflight(objective, 1)))
     chunks = [(Part(1.0, 6, tuple(range(first, first + 6))),) for first in (0, 6, 12)]
     exact, _ = dense_values(model, squared_error, chunks)
     assert all(min(abs(value / each - 1) for each in exact) < TOL for value in found.plain.values)
@@ -300,7 +305,7 @@ def test_a_loss_that_is_not_finite_measures_nothing_and_raises_nothing(stacked: 
     with objective_of(made(mlp), infinite, DATA) as objective:
         findings = dataclasses.replace(preflight(objective, 4), stacked=stacked)
         warm = WarmStart(torch.ones(objective.num_parameters, dtype=torch.float64))
-        again, kept = measure(objective, Plan(4), findings, warm)
+        again, kept = sharpness(Solver(objective, Plan(4), findings), warm)
     assert math.isnan(again.full_batch.value)
     assert kept is warm  # a start survives a step that cannot be measured
 
@@ -311,7 +316,7 @@ def test_batches_that_are_not_finite_are_left_out() -> None:
     with objective_of(made(mlp), squared_error, data) as objective:
         clean = preflight(objective, 3, seed=2)
         plan = Plan(3, num_batches=12, rel_error=1e-9)
-        found, _ = measure(objective, plan, clean, WarmStart(), full=False)
+        found, _ = sharpness(Solver(objective, plan, clean), full=False)
         bad = [any(0 in part.indices for part in batch) for batch in drawn(objective.source, plan, 12)]
     assert 0 < sum(bad) < 12
     assert len(found.plain.values) == 12 - sum(bad) == len(found.controls)
@@ -472,8 +477,8 @@ def test_every_pass_sees_the_same_augmentation() -> None:
 def test_warm_starts_save_products() -> None:
     with objective_of(made(mlp), squared_error, DATA) as objective:
         findings, plan = preflight(objective, 6), Plan(6, num_batches=10)
-        cold, warm = measure(objective, plan, findings, WarmStart())
-        again, _ = measure(objective, plan, findings, warm, stream=1)
+        cold, warm = sharpness(Solver(objective, plan, findings))
+        again, _ = sharpness(Solver(objective, plan, findings, stream=1), warm)
     assert again.full_passes < 0.75 * cold.full_passes
     assert again.full_batch.value == pytest.approx(cold.full_batch.value, rel=5e-3)
 
@@ -492,8 +497,8 @@ def test_reduce_and_decide_see_sums_and_decisions() -> None:
 
     with objective_of(made(mlp), squared_error, DATA) as objective:
         findings, plan = preflight(objective, 6), Plan(6, num_batches=10)
-        plain, _ = measure(objective, plan, findings, WarmStart())
-        found, _ = measure(objective, plan, findings, WarmStart(), reduce=reduce, decide=decide)
+        plain, _ = sharpness(Solver(objective, plan, findings))
+        found, _ = sharpness(Solver(objective, plan, findings, workers=Workers(reduce, decide)))
     assert found.mini_batch == plain.mini_batch
     assert torch.Size([6]) in sums and any(objective.num_parameters in shape for shape in sums)
     assert any(isinstance(each, bool) for each in decisions) and any(isinstance(each, Tensor) for each in decisions)
@@ -522,7 +527,7 @@ def test_only_batches_of_one_layout_are_stacked() -> None:
         source = DatasetSource(data, pad_sequence_first)
         objective = Objective(model, lambda batch: next_token(model, batch), source, isolation)
         findings = dataclasses.replace(preflight(objective, 2), stacked=True)
-        solver = Solver(objective, Plan(2), findings, torch.Generator())
+        solver = Solver(objective, Plan(2), findings)
 
         def kind(*pairs: tuple[int, int]) -> Any:
             return type(solver.operator([(Part(1.0, 2, pair),) for pair in pairs]))
@@ -532,7 +537,7 @@ def test_only_batches_of_one_layout_are_stacked() -> None:
         assert kind((0, 1), (4, 5)) is Sequential
         assert kind((0, 1), (6, 7)) is Sequential
         values = [
-            measure(objective, Plan(2, num_batches=10), dataclasses.replace(findings, stacked=stacked), WarmStart())[0]
+            sharpness(Solver(objective, Plan(2, num_batches=10), dataclasses.replace(findings, stacked=stacked)))[0]
             for stacked in (True, False)
         ]
     assert_close(values[0].mini_batch.values, values[1].mini_batch.values, dtype=torch.float32)
@@ -612,7 +617,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_good_arguments_pass() -> None:
-    checks.settings(rel_error=0.1)
+    checks.arguments(rel_error=0.1)
     checks.batch_size_of_data(22, 22)
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from lightning_eoss.curvature.batches import DatasetSource, random_batches
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings
-from lightning_eoss.curvature.seeds import derived_seed
-from lightning_eoss.curvature.solver import Plan, WarmStart
+from lightning_eoss.curvature.seeds import Use, derived_seed
+from lightning_eoss.curvature.solver import Plan, Solver, WarmStart
 from lightning_eoss.isolation.isolate import isolated
-from lightning_eoss.measurements.sharpness import SharpnessMeasurement, measure
+from lightning_eoss.measurements.sharpness import SharpnessMeasurement, sharpness
 
 torch.set_num_threads(1)
 
@@ -73,8 +73,8 @@ def measured(seed: int, ratio: float, kind: str, *, full: bool) -> tuple[Sharpne
     model, plan = Quadratic(dim), Plan(BATCH, num_batches=BATCHES, seed=seed)
     with isolated(model) as isolation:
         objective = Objective(model, model, DatasetSource(list(curvatures)), isolation)
-        found, _ = measure(objective, plan, FINDINGS, warm, full=full)
-    drawn = random_batches(objective.source, BATCH, seed=derived_seed(seed, 3, 0))
+        found, _ = sharpness(Solver(objective, plan, FINDINGS), warm, full=full)
+    drawn = random_batches(objective.source, BATCH, seed=derived_seed(seed, Use.MINI_BATCHES, 0))
     true = [float(curvatures[list(part.indices)].mean(0).max()) for (part,) in islice(drawn, len(found.plain.values))]
     return found, sum(true) / len(true), max(true)
 

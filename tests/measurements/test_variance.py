@@ -1,13 +1,15 @@
 """The corrected Algorithm 1 against dense per-sample Hessians."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_eoss.curvature.batches import Part
-from lightning_eoss.measurements.variance import hessian_variance, sample_hessian_factor
+from lightning_eoss.measurements.variance import hessian_variance
 from lightning_eoss.theory.statistics import mean_estimate, moments
+from tests.oracles import independent_hessian_variance, sample_hessian_factor
 from tests.problems import (
     Quadratic,
     dense_hessians,
@@ -82,8 +84,10 @@ def test_each_kind_of_sampling_has_its_factor(sampling: Any, other: Any) -> None
     images = deviations(matrices)[:, 1:, 0]
     expected = float(images.square().sum() / 39)
     with solver_of(Quadratic(4), quadratic_loss, samples_of(matrices)) as solver:
-        given: dict[str, Any] = {"batch_size": 8, "sampling": sampling, "direction": direction}
-        found = [hessian_variance(solver, num_batches=5, num_probes=40, stream=each, **given) for each in range(12)]
+        estimator: Any = hessian_variance if sampling == "disjoint" else independent_hessian_variance
+        given: dict[str, Any] = {"batch_size": 8, "direction": direction, "num_probes": 40}
+        streams = (replace(solver, stream=each) for each in range(12))
+        found = [estimator(each, num_batches=5, **given) for each in streams]
     estimate = mean_estimate(moments(torch.tensor([each.mean for each in found], dtype=torch.float64)))
     assert abs(estimate.mean - expected) <= 4 * estimate.stderr
     wrong = estimate.mean * sample_hessian_factor(8, 40, other) / sample_hessian_factor(8, 40, sampling)
@@ -99,7 +103,7 @@ def test_the_interval_covers() -> None:
     covered = 0
     with solver_of(Quadratic(6), quadratic_loss, samples_of(matrices)) as solver:
         for stream in range(100):
-            found = hessian_variance(solver, num_batches=5, stream=stream)
+            found = hessian_variance(replace(solver, stream=stream), num_batches=5)
             covered += found.lower <= expected <= found.upper
     assert covered >= 90
 
@@ -110,4 +114,4 @@ def test_what_has_no_variance_is_refused() -> None:
             hessian_variance(solver, num_batches=1)
         with pytest.raises(ValueError, match=r"num_batches=4 of batch_size=2 .* from 6 samples"):
             hessian_variance(solver, num_batches=4, batch_size=2)
-        assert hessian_variance(solver, num_batches=4, batch_size=2, sampling="independent").mean > 0
+        assert independent_hessian_variance(solver, num_batches=4, batch_size=2).mean > 0

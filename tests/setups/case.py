@@ -254,8 +254,8 @@ def check_refused(case: Case, root: Path, watch: SharpnessMonitor) -> None:
 def check_numbers(case: Case, watch: SharpnessMonitor, moments: Mapping[int, Moment]) -> None:
     """Compares the last measurement with dense Hessians."""
     shown = {key: value for key, value in watch.history[-1].items() if key.startswith(("sharpness/", "step"))}
-    assert watch._findings is not None
-    assert watch._findings.differences == (case.measured == "differences")
+    assert watch.findings is not None
+    assert watch.findings.differences == (case.measured == "differences")
     moment = moments[int(shown["step"])]
     for bound, tag, batches in (
         (case.current, "sharpness/current_batch", moment.window),

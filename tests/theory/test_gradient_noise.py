@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from scipy.special import roots_genlaguerre
 from sklearn.datasets import load_diabetes
 
-from lightning_eoss.theory.gradient_noise import (
+from lightning_eoss.theory.gradient_noise import sampling_factor
+from papers.batch_noise import (
     RegressionNoise,
     batch_gradient_covariance,
     batch_gradient_variance,
     combination_square,
     regression_noise,
-    sampling_factor,
     two_layer_polynomials,
 )
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
+    LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
 )
@@ -19,18 +20,17 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
 
 from lightning_eoss import SharpnessMonitor
+from lightning_eoss.theory.scaling import largest_rate
 from lightning_eoss.training.rates import (
-    Between,
     Overlay,
     StepSize,
-    applied_rates,
+    between,
     frame_watchers,
-    largest_rate,
+    optimizer_with_rates,
     refuse_other_steps,
-    the_optimizer,
     unframe_watchers,
 )
-from tests.runs import loader, samples
+from tests.runs import applied_rates, loader, samples
 
 
 def weight(value: float = 0.0) -> Tensor:
@@ -308,11 +308,11 @@ def test_the_order_of_callbacks() -> None:
     overlay = Overlay(lambda _: 1.0)
     for _ in range(2):  # a second fit
         frame_watchers(trainer, ours, overlay, print)
-        assert [each for each in trainer.callbacks if not isinstance(each, Between)] == [
+        assert [each for each in trainer.callbacks if not isinstance(each, LambdaCallback)] == [
             *(user, accumulation, late),  # theirs, in their order
             *(ours, watcher, own, plain, last),
         ]
-        assert [index for index, each in enumerate(trainer.callbacks) if isinstance(each, Between)] == [5, 8]
+        assert [index for index, each in enumerate(trainer.callbacks) if isinstance(each, LambdaCallback)] == [5, 8]
     assert given == [own, watcher, user, ours, accumulation, plain, late, last]  # Lightning walks through it
     with pytest.raises(MisconfigurationException, match="not the only callback of this Trainer"):
         frame_watchers(trainer, user, Overlay(lambda _: 1.0), print)
@@ -325,7 +325,7 @@ def test_applied_rates_are_those_of_the_step_at_any_time() -> None:
     overlay = over(optimizer)
     trainer: Any = SimpleNamespace(optimizers=[optimizer, other], callbacks=[Callback()])
     assert applied_rates(trainer) == [0.5, 0.25, 0.125]  # nobody's overlay
-    trainer.callbacks.append(Between(overlay, print))
+    trainer.callbacks.append(between(overlay, on_train_batch_start=print))
     for switch in (overlay.apply, overlay.undo):
         switch()
         assert applied_rates(trainer) == [0.25, 0.125, 0.125]
@@ -375,35 +375,35 @@ class Custom:
     ],
 )
 def test_samples_of_a_step(made: Any, expected: int | None) -> None:
-    assert StepSize().now(fake_trainer(*made())) == expected
+    assert StepSize().samples(fake_trainer(*made())) == expected
     several = fake_trainer(*made(), accumulate=3, world_size=2)
-    assert StepSize().now(several) == (None if expected is None else 6 * expected)
+    assert StepSize().samples(several) == (None if expected is None else 6 * expected)
     if expected is None:
         known = 4 if len(made()) == 2 else 0
-        assert StepSize().now(several, torch.zeros(5, 2)) == 6 * (known + 5)
+        assert StepSize().samples(several, torch.zeros(5, 2)) == 6 * (known + 5)
 
 
 def test_a_step_has_no_more_samples_than_there_are() -> None:
     for data, there in ((loader(batch_size=100), 24), (loader(batch_size=8, sampler=SubsetRandomSampler(range(6))), 6)):
-        assert StepSize().now(fake_trainer(data)) == there
-        assert StepSize().now(fake_trainer(data, accumulate=3, world_size=2)) == 2 * there
+        assert StepSize().samples(fake_trainer(data)) == there
+        assert StepSize().samples(fake_trainer(data, accumulate=3, world_size=2)) == 2 * there
 
 
 def test_processes_that_share_their_samples_count_once() -> None:
     trainer = fake_trainer(loader(batch_size=4), world_size=4)
     trainer.distributed_sampler_kwargs = {"num_replicas": 2, "rank": 0}  # two of them hold one model
-    assert StepSize().now(trainer) == 8
+    assert StepSize().samples(trainer) == 8
 
 
 def test_a_loader_that_does_not_tell_is_counted_once() -> None:
     custom = Custom()
     size = StepSize()
-    assert size.now(fake_trainer(custom)) is None
-    assert size.now(fake_trainer(custom), torch.zeros(5, 2)) == 5
-    assert size.now(fake_trainer(custom), torch.zeros(2, 2)) == 5  # a short batch at the end
-    assert size.now(fake_trainer(custom)) == 5
-    assert size.now(fake_trainer(Custom())) is None  # reloaded
-    assert size.now(fake_trainer(Custom()), {"x": torch.zeros(7, 2)}) == 7
+    assert size.samples(fake_trainer(custom)) is None
+    assert size.samples(fake_trainer(custom), torch.zeros(5, 2)) == 5
+    assert size.samples(fake_trainer(custom), torch.zeros(2, 2)) == 5  # a short batch at the end
+    assert size.samples(fake_trainer(custom)) == 5
+    assert size.samples(fake_trainer(Custom())) is None  # reloaded
+    assert size.samples(fake_trainer(Custom()), {"x": torch.zeros(7, 2)}) == 7
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -425,10 +425,10 @@ def test_refusals() -> None:
     with pytest.raises(MisconfigurationException, match="automatic_optimization=False: Manual decides itself"):
         refuse_other_steps(single, Manual(), "Us")
     with pytest.raises(MisconfigurationException, match="works with one optimizer, and this Trainer has 2"):
-        the_optimizer(SimpleNamespace(optimizers=[sgd(0.5), sgd(0.5)]), "Us")
+        optimizer_with_rates(SimpleNamespace(optimizers=[sgd(0.5), sgd(0.5)]), "Us")
     with pytest.raises(MisconfigurationException, match=r"learning rates \[None\] in SGD"):
-        the_optimizer(SimpleNamespace(optimizers=[sgd(None)]), "Us")
+        optimizer_with_rates(SimpleNamespace(optimizers=[sgd(None)]), "Us")
     with pytest.raises(MisconfigurationException, match="no register_step_pre_hook"):
-        the_optimizer(SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])]), "Us")
+        optimizer_with_rates(SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])]), "Us")
     optimizer = sgd(0.5)
-    assert the_optimizer(SimpleNamespace(optimizers=[optimizer]), "Us") is optimizer
+    assert optimizer_with_rates(SimpleNamespace(optimizers=[optimizer]), "Us") is optimizer

@@ -244,8 +244,8 @@ def test_mini_bs_is_the_mean_over_the_samplers_own_batches(sampler: Any, tmp_pat
     values = [top(hessian(INPUTS[each])) for each in Tokens()]
     assert len(values) == 6 and {len(each) for each in Tokens()} == {8, 4, 2}
     (point,) = watch.history
-    assert watch.latest is not None
-    drawn = sorted(2000 * ratio for ratio in watch.latest.mini_batch.values)  # its other epochs have nothing new
+    assert watch.reading is not None
+    drawn = sorted(2000 * ratio for ratio in watch.reading.mini_batch.values)  # its other epochs have nothing new
     assert drawn == pytest.approx(sorted(values), rel=1e-3)
     assert point["sharpness/batch_size"] == 3  # of 20 samples in 6 batches
     assert point["sharpness/FullBS"] == pytest.approx(top(hessian(INPUTS[:20])), rel=1e-3)
@@ -322,8 +322,8 @@ def test_epochs_of_a_sampler_differ_as_in_training(tmp_path: Path) -> None:
     """Five batches an epoch would else be all that is ever drawn."""
     watch = SharpnessMonitor(every_n_train_steps=1, rel_error=1e-6, num_batches=60)
     fit(tmp_path, Linear(), DataLoader(data(20), 4, sampler=Epochs()), watch, max_steps=1)
-    assert watch.latest is not None
-    assert len({round(value, 9) for value in watch.latest.mini_batch.values}) > 50
+    assert watch.reading is not None
+    assert len({round(value, 9) for value in watch.reading.mini_batch.values}) > 50
     generator = torch.Generator().manual_seed(1)
     drawn = [INPUTS[torch.randint(20, (4,), generator=generator)] for _ in range(4000)]
     spread, found = torch.tensor([top(hessian(each)) for each in drawn]), watch.history[0]["sharpness/MiniBS"]
