@@ -27,7 +27,7 @@ from lightning_eoss.curvature.solver import COLD, Plan, Solver, WarmStart
 from lightning_eoss.linalg.lanczos import Matvec
 from lightning_eoss.measurements.standalone import standalone
 from lightning_eoss.theory.gradient_noise import sampling_factor
-from lightning_eoss.theory.statistics import UNKNOWN, Estimate, exact, mean_estimate, moments, scaled
+from lightning_eoss.theory.statistics import UNKNOWN, Estimate, exact, mean_estimate, moments, quotient, scaled
 
 PRODUCTS = 8  # with the full batch's Hessian, that the curvature-weighted scale is estimated from
 _TOP_TOL = 0.1  # of the top eigenvector, in units of the plan's: an angle errs more than an eigenvalue
@@ -165,9 +165,9 @@ def gradient_noise(solver: Solver, warm: WarmStart = COLD, *, num_batches: int) 
         norm_squared=norm,
         predicted=scaled(trace, sampling_factor(size, n) if full.means else math.nan),
         measured=points[size],
-        scale=_ratio(trace, norm),
+        scale=quotient(trace, norm),
         curvature_trace=curvature_trace,
-        curvature_scale=_ratio(curvature_trace, curvature),
+        curvature_scale=quotient(curvature_trace, curvature),
         cosine=float((result.vectors[0, 0] @ full.gradient).abs() / full.gradient.norm()),
         points=tuple(sorted(points.items())),
         batch_size=size,
@@ -303,14 +303,3 @@ def _form(
     half_width = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance)
     value -= noise * trace.mean
     return Estimate(value, math.sqrt(variance), value - half_width, value + half_width)
-
-
-def _ratio(above: Estimate, below: Estimate) -> Estimate:
-    """The quotient of two estimates; its interval holds those of both. NaN unless the divisor is positive."""
-    if not below.mean > 0:
-        return UNKNOWN
-    mean, ends = above.mean / below.mean, [math.nan]
-    if below.lower > 0:
-        ends = [end / divisor for end in (above.lower, above.upper) for divisor in (below.lower, below.upper)]
-    stderr = math.hypot(above.stderr, mean * below.stderr) / below.mean
-    return Estimate(mean, stderr, min(ends), max(ends))

@@ -275,6 +275,29 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(estimate.mean * factor, estimate.stderr * abs(factor), lower * factor, upper * factor, values)
 
 
+def quotient(above: Estimate, below: Estimate) -> Estimate:
+    """Divides one estimate by another; the interval holds the quotients of all that both intervals hold.
+
+    Args:
+        above: The dividend.
+        below: The divisor.
+
+    Returns:
+        The estimate; NaN where the divisor's mean is not positive, without an interval where its lower bound is not.
+
+    Example:
+        >>> quotient(Estimate(4.0, 0.0, 3.0, 6.0), Estimate(2.0, 0.0, 1.5, 3.0))
+        Estimate(mean=2.0, stderr=0.0, lower=1.0, upper=4.0)
+    """
+    if not below.mean > 0:
+        return UNKNOWN
+    mean, ends = above.mean / below.mean, [math.nan]
+    if below.lower > 0:
+        ends = [end / divisor for end in (above.lower, above.upper) for divisor in (below.lower, below.upper)]
+    stderr = math.hypot(above.stderr, mean * below.stderr) / below.mean
+    return Estimate(mean, stderr, min(ends), max(ends))
+
+
 def phase(points: Sequence[Estimate]) -> int | None:
     """Judges where training stands, from the edge ratios of its last five measurements.
 

@@ -165,7 +165,7 @@ def test_steps_are_those_of_the_optimizer(tmp_path: Path) -> None:
     fit(tmp_path, Regressor(), loader(batch_size=2), keep, watch, max_epochs=3, accumulate_grad_batches=3)
     shown = points(tmp_path)[tags.WEIGHTS_DISTANCE]
     assert list(shown) == [2, 4, 6, 8, 10]
-    assert [point[0] for point in watch._points] == [2, 4, 6, 8, 10]
+    assert [point[0] for point in watch.points] == [2, 4, 6, 8, 10]
     assert shown[4] == pytest.approx(keep.distance(4), rel=1e-5)
 
 
@@ -190,7 +190,7 @@ def test_modules_that_step_by_themselves_may_be_watched(tmp_path: Path) -> None:
     Manual.automatic_optimization = property(lambda self: False, lambda self, value: None)
     watch = WeightDistanceMonitor(points_per_decade=5)
     fit(tmp_path, Manual(), loader(), watch, max_epochs=4)
-    assert [point[0] for point in watch._points] == [2, 4, 6, 10, 16, 26, 40]
+    assert [point[0] for point in watch.points] == [2, 4, 6, 10, 16, 26, 40]
 
 
 # ---- projections -----------------------------------------------------------------------------------------------------
@@ -279,15 +279,15 @@ def test_a_second_fit_goes_on_from_the_first_start(tmp_path: Path) -> None:
     module, watch, keep = Regressor(), WeightDistanceMonitor(every_n_train_steps=5), Keep()
     fit(tmp_path / "first", module, loader(), keep, watch)  # 12 steps
     fit(tmp_path / "second", module, loader(), watch)
-    assert [point[0] for point in watch._points] == [5, 10, 15, 20]
+    assert [point[0] for point in watch.points] == [5, 10, 15, 20]
     shown = points(tmp_path / "second")[tags.WEIGHTS_DISTANCE]
     assert list(shown) == [3, 8]
     moved = [each.detach() - keep.weights[0][name] for name, each in module.named_parameters()]
-    assert watch._points[-1][1] == shown[8] > watch._points[1][1]
+    assert watch.points[-1][1] == shown[8] > watch.points[1][1]
     trainer = trainer_of(tmp_path / "third", watch, max_epochs=1)
     trainer.fit(module, loader())
-    assert [point[0] for point in watch._points] == [5, 10, 15, 20, 25]
-    assert watch._points[-1][1] == pytest.approx(float(torch.cat([each.flatten() for each in moved]).norm()), rel=0.2)
+    assert [point[0] for point in watch.points] == [5, 10, 15, 20, 25]
+    assert watch.points[-1][1] == pytest.approx(float(torch.cat([each.flatten() for each in moved]).norm()), rel=0.2)
 
 
 def test_another_model_starts_anew(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_another_model_starts_anew(tmp_path: Path) -> None:
     fit(tmp_path / "first", Regressor(), loader(), watch)
     with pytest.warns(UserWarning, match="these are not the parameters of the first fit, so distances start anew"):
         fit(tmp_path / "second", Regressor(nn.Linear(4, 2)), loader(), watch)
-    assert [point[0] for point in watch._points] == list(range(1, 12))
+    assert [point[0] for point in watch.points] == list(range(1, 12))
 
 
 def test_the_steps_before_an_error_count(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_the_steps_before_an_error_count(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no more"):
         fit(tmp_path / "first", module, loader(), watch, Stop())
     fit(tmp_path / "second", module, loader(), watch, max_epochs=1)
-    assert [point[0] for point in watch._points] == [1, 2, 3, *range(4, 10)]
+    assert [point[0] for point in watch.points] == [1, 2, 3, *range(4, 10)]
 
 
 class Thaw(BaseFinetuning):
@@ -330,7 +330,7 @@ def test_what_is_frozen_at_the_start_does_not_count(tmp_path: Path) -> None:
     fit(tmp_path / "second", module, loader(), watch)
     assert list(watch._shapes) == ["net.2.weight", "net.2.bias"]
     assert not [tag for tag in points(tmp_path / "first") if tag.endswith("net.0")]
-    assert len(watch._points) == 17 + 12
+    assert len(watch.points) == 17 + 12
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_weights_that_are_lost_end_no_training(tmp_path: Path) -> None:
     trainer = fit(tmp_path, Regressor(), loader(), watch, Nan())
     assert trainer.global_step == 12
     assert list(points(tmp_path)[tags.WEIGHTS_DISTANCE]) == [1, 2, 3, 4]
-    assert [point[0] for point in watch._points] == [1, 2, 3, 4]  # else no law could ever be fitted again
+    assert [point[0] for point in watch.points] == [1, 2, 3, 4]  # else no law could ever be fitted again
 
 
 def test_a_look_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ def test_a_long_history_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(weights, "HISTORY", 8)
     watch = WeightDistanceMonitor(every_n_train_steps=1)
     fit(tmp_path, Regressor(), loader(), watch)
-    assert [point[0] for point in watch._points] == [1, 5, 9, 10, 11] or len(watch._points) <= 8
+    assert [point[0] for point in watch.points] == [1, 5, 9, 10, 11] or len(watch.points) <= 8
 
 
 def test_it_fills_its_category() -> None:

@@ -18,7 +18,7 @@ from lightning_eoss.curvature.solver import COLD, Plan, Solver, WarmStart
 from lightning_eoss.measurements import gradient_noise as module
 from lightning_eoss.measurements.gradient_noise import GradientNoise, gradient_noise
 from lightning_eoss.theory.gradient_noise import sampling_factor
-from lightning_eoss.theory.statistics import Estimate
+from lightning_eoss.theory.statistics import Estimate, quotient
 from tests.problems import (
     batch_norm,
     collated,
@@ -245,11 +245,11 @@ def test_gradients_that_do_not_average_to_the_batch_are_not_believed(monkeypatch
 
 def test_intervals_of_a_ratio_hold_those_of_both() -> None:
     above, below = Estimate(6.0, 1.0, 4.0, 8.0), Estimate(2.0, 0.5, 1.0, 3.0)
-    ratio = module._ratio(above, below)
+    ratio = quotient(above, below)
     assert (ratio.mean, ratio.lower, ratio.upper) == (3.0, 4 / 3, 8.0)
     assert ratio.stderr == pytest.approx(3 * math.hypot(1 / 6, 0.5 / 2))
-    assert math.isnan(module._ratio(above, Estimate(2.0, 2.0, -2.0, 6.0)).upper)
-    assert math.isnan(module._ratio(above, Estimate(-2.0, 0.1, -2.2, -1.8)).mean)
+    assert math.isnan(quotient(above, Estimate(2.0, 2.0, -2.0, 6.0)).upper)
+    assert math.isnan(quotient(above, Estimate(-2.0, 0.1, -2.2, -1.8)).mean)
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------
