@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_eoss import checks
-from lightning_eoss.curvature.solver import WarmStart
+from lightning_eoss.curvature.solver import COLD
 from lightning_eoss.display import tags
 from lightning_eoss.display.figures import write_noise
 from lightning_eoss.display.scalars import noise_scalars
@@ -116,7 +116,7 @@ class GradientNoiseMonitor(Monitor):
 
     def measure(self, look: Look) -> GradientNoise:
         """The noise at these weights; the top eigenvector is followed from the last one."""
-        warm = WarmStart() if self.latest is None else self.latest.warm
+        warm = COLD if self.latest is None else self.latest.warm
         return gradient_noise(look.solver, warm, num_batches=look.solver.plan.num_batches)
 
     def show(self, trainer: Any, result: GradientNoise) -> tuple[dict[str, float], list[Picture]]:

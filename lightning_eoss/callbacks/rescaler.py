@@ -111,6 +111,7 @@ class LearningRateRescaler(Publisher):
         self.watch = Watch(type(self).__name__, num_samples=num_samples)
         self._overlay = rates.Overlay(self._scale)
         self._state = RateState()
+        self._monitor: Any = None
 
     def _asked(self) -> RateSettings:
         """What the attributes ask for."""

@@ -104,7 +104,7 @@ class SharpnessMonitor(Monitor):
     Source: Andreyev & Beneventano, *Edge of Stochastic Stability*.
     """
 
-    keeps_batch = waits_for_limits = True
+    keeps_batch = against_limits = True
 
     def __init__(
         self,
@@ -172,7 +172,6 @@ class SharpnessMonitor(Monitor):
     def foresee(self, look: Look) -> Prospect:
         """What was asked for, cut to what is not too dear."""
         data, solver, (_, scaling) = look.data, look.solver, _coordinates(look)
-        self.watch.say(*probe.cautions(look.trainer, solver.objective.module))
         prospect = foreseen(
             replace(solver.plan, rel_error=self.rel_error, num_batches=self.num_batches),
             solver.findings,

@@ -57,6 +57,7 @@ class SpectralDensityMonitor(Monitor):
     """
 
     dashboard_categories = frozenset({tags.SPECTRUM_SHAPE})  # what it shows on the dashboard
+    follows_sampler = False
 
     def __init__(
         self,

@@ -58,12 +58,12 @@ class RateSettings:
 
     def __post_init__(self) -> None:
         checks.one_of("judged_on", self.judged_on, ("directional", "MiniBS"), "use 'directional' or 'MiniBS'.")
-        edge = "must be positive (1 is the edge), or None for none."
-        for name in ("max_edge_ratio", "target_edge_ratio"):
-            checks.number(name, getattr(self, name), edge, above=0, below=math.inf, none=True)
         for name in ("cool_down", "warm_up"):
             words = "must be a number of steps; 0 is none."
             checks.whole(name, getattr(self, name), 0, words, none=name == "warm_up")
+        edge = "must be positive (1 is the edge), or None for none."
+        for name in ("max_edge_ratio", "target_edge_ratio"):
+            checks.number(name, getattr(self, name), edge, above=0, below=math.inf, none=True)
         for name in ("dead_band", "min_scale", "max_scale"):
             checks.number(name, getattr(self, name))
         if not 0 <= self.dead_band < 1:

@@ -181,9 +181,9 @@ def _reachable(loader: Any) -> list[Any]:
     return [loader, *(getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler"))]
 
 
-def check_chosen_batch_size(batch_size: int | None, data: TrainingData) -> None:
+def check_chosen_batch_size(batch_size: int | None, data: TrainingData, *, sampler: bool = True) -> None:
     """Raises where batches of a chosen size cannot be drawn."""
-    if batch_size is not None and (data.sizes or not data.source.divisible):
+    if batch_size is not None and ((sampler and data.sizes) or not data.source.divisible):
         raise ValueError(
             f"batch_size={batch_size} cannot be made of the ready batches of dataloader=, of several loaders or of a "
             "batch sampler that makes its own: leave it out, or pass a DataLoader over a map-style data set."

@@ -106,10 +106,12 @@ class Monitor(Publisher):
     """
 
     keeps_batch = False  # whether it measures the very batch that a step takes
-    waits_for_limits = False  # whether nothing is measured before an adaptive optimizer has stability limits
+    against_limits = False  # whether it compares with stability limits: nothing is measured before there are any
+    follows_sampler = True  # whether its batches are those of a batch sampler that makes its own
     findings: Findings | None = None  # about the loss that is trained
     # What follows is of one fit.
     plan: Plan | None = None
+    share = 0.0  # of wall time, as of the last measurement
     _shown = False  # whether anything has been measured
     _due: frozenset[str] = frozenset()  # what to measure with the step that comes
 
@@ -131,7 +133,7 @@ class Monitor(Publisher):
         evaluating: bool = False,
         seldom: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        checks.arguments(full_batch_samples=full_batch_samples, seed=seed, batch_size=batch_size, loss_fn=loss_fn)
+        checks.arguments(batch_size=batch_size, loss_fn=loss_fn, seed=seed, full_batch_samples=full_batch_samples)
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_operator(operator, outputs_fn)
         self.every_n_train_steps = None if every_n_train_steps is None else int(every_n_train_steps)
@@ -142,8 +144,16 @@ class Monitor(Publisher):
         self.dataloader, self.num_samples = dataloader, num_samples
         self.operator, self.outputs_fn = operator, outputs_fn
         self.latest: Any = None  # what was measured last
-        data = (dataloader, full_batch_samples, num_samples)
-        self.watch = Watch(type(self).__name__, loss_fn, *data, as_trained, evaluating, shares=True)
+        self.watch = Watch(
+            type(self).__name__,
+            loss_fn=loss_fn,
+            dataloader=dataloader,
+            max_samples=full_batch_samples,
+            num_samples=num_samples,
+            as_trained=as_trained,
+            evaluating=evaluating,
+            shares=True,
+        )
         self.agenda = Agenda(quantities, self.every_n_train_steps, self.overhead, seldom)
         self._window = _Window()
 
@@ -162,9 +172,13 @@ class Monitor(Publisher):
         raise NotImplementedError(f"{type(self).__name__}.show")
 
     def charge(self, result: Any, seconds: float) -> None:
-        """Enters what a measurement has cost; one of several quantities shares it out among them."""
-        (quantity,) = self.agenda.quantities
-        self.agenda.charge(quantity, seconds)
+        """Enters what a measurement has cost, its own `seconds` where it has them; several quantities share it out."""
+        if len(self.agenda.quantities) != 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} measures {', '.join(self.agenda.quantities)}, and only it can tell what each "
+                "has cost: override charge(result, seconds) to share it out, by self.agenda.charge(quantity, seconds)."
+            )
+        self.agenda.charge(self.agenda.quantities[0], getattr(result, "seconds", seconds))
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
@@ -187,21 +201,22 @@ class Monitor(Publisher):
         """Measures before the step, where it is time, and keeps account of the time."""
         self.watch.see(trainer)
         arrived = time.perf_counter()
-        if self._window.begins:
+        steps = probe.steps_now(trainer)  # with its last batch all of a step is known
+        if self._window.begins if self.keeps_batch else steps:
             due = frozenset[str]() if probe.trains_nothing(trainer) else self._due_now(trainer)
             self._due = due if due and self.watch.rested() else frozenset()
-            if self._due and self.waits_for_limits and probe.limits_to_come(trainer):
+            if self._due and self.against_limits and probe.limits_to_come(trainer):
                 self.agenda.postpone(self._due)
                 self._due = frozenset()
-        self._window.begins = probe.steps_now(trainer)  # with its last batch all of a step is known
-        acts = bool(self._due) and (self.keeps_batch or self._window.begins)
+        self._window.begins = steps
+        acts = bool(self._due) and (self.keeps_batch or steps)
         try:
             if acts:
                 arrived = device_time(pl_module)  # what the device is still doing is training's
                 if self.keeps_batch:
                     copy = trainer.accumulate_grad_batches > 1
                     self._window.collect(batch, self.watch.count(batch) or 1, copy=copy)
-                if self._window.begins:
+                if steps:
                     self._turn(trainer, pl_module, batch_idx, arrived)
         finally:
             self.watch.release(trainer, self)
@@ -221,7 +236,7 @@ class Monitor(Publisher):
                     self.latest, self._shown = result, True
                     seconds = device_time(pl_module) - arrived
                     self.charge(result, seconds)
-                    self.share = (self.agenda.total + seconds) / self.watch.elapsed  # of wall time, so far
+                    self.share = (self.agenda.total + seconds) / self.watch.elapsed
                     values, pictures = self.show(trainer, result)
                     self.watch.publish(trainer, self, values, *pictures)
         finally:
@@ -246,11 +261,11 @@ class Monitor(Publisher):
 
     def _prepare(self, trainer: Any, data: TrainingData, objective: Objective) -> None:
         """Finds out what the loss allows and what a measurement costs, and says so."""
-        check_chosen_batch_size(self.batch_size, data)
+        check_chosen_batch_size(self.batch_size, data, sampler=self.follows_sampler)
         size, parts = self.watch.step_size(trainer, self.batch_size)
         checks.batch_size_of_data(size, data.source.num_samples)
         findings = self.findings or preflight(objective, size, parts=parts, seed=self.seed)
-        self.watch.say(*findings.warnings)
+        self.watch.say(*findings.warnings, *(probe.cautions(trainer, objective.module) if self.against_limits else ()))
         if findings.seconds == 0:  # a loss that is not finite lets nothing be found out
             return
         findings = replace(findings, stacked=findings.stacked and self.operator == "hessian")
@@ -258,6 +273,11 @@ class Monitor(Publisher):
         plan = Plan(size, parts, full_batch_samples=full, seed=self.seed, memory_bytes=objective.cache.limit)
         solver = Solver(objective, plan, findings, stream=trainer.global_step)
         prospect = self.foresee(Look(trainer, data, solver, self._due))
+        if not prospect.costs or prospect.costs.keys() - set(self.agenda.quantities):
+            raise ValueError(
+                f"{type(self).__name__}.foresee expects costs of {', '.join(prospect.costs) or 'nothing'}, and its "
+                f"quantities are {', '.join(self.agenda.quantities)}: it would never be time. Name what is measured."
+            )
         self.findings, self.plan = findings, prospect.plan
         self.agenda.expect(prospect.costs)
         self.watch.say(*prospect.warnings)

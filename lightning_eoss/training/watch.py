@@ -131,9 +131,10 @@ class Watch:
 
     def release(self, trainer: Any, monitor: Any) -> None:
         """Lets go of the batches that monitors share, once the last of them has had its turn."""
-        sharing = [each for each in trainer.callbacks if getattr(getattr(each, "watch", None), "shares", False)]
-        if trainer in _SHARED and monitor is sharing[-1]:
-            self.forget(trainer)
+        if trainer in _SHARED:
+            sharing = [each for each in trainer.callbacks if getattr(getattr(each, "watch", None), "shares", False)]
+            if monitor is sharing[-1]:
+                self.forget(trainer)
 
     def forget(self, trainer: Any) -> None:
         """Lets go of them whoever's turn it is: a fit ends, well or not."""
