@@ -42,7 +42,7 @@ class Shuffled(Sampler[int]):
 def settled(batch_size: int, learning_rate: float, steps: int, *, seed: int = 0) -> dict[str, float]:
     """Trains one cell and averages its edge ratios over the last third of the steps."""
     seed_everything(seed, verbose=False)
-    monitor = SharpnessMonitor(every_n_train_steps=steps // 18, seed=seed)
+    monitor = SharpnessMonitor(every_n_train_steps=steps // 18, max_seconds=3600, seed=seed)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as root:
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)

@@ -60,7 +60,7 @@ def course(make: Make, batch_size: int, steps: int, *, points: int = POINTS, see
     The state of an adaptive optimizer is empty before its first step, so there its course begins with the second.
     """
     seed_everything(seed, verbose=False)
-    monitor = SharpnessMonitor(every_n_train_steps=steps // (points - 1), seed=seed)
+    monitor = SharpnessMonitor(every_n_train_steps=steps // (points - 1), max_seconds=3600, seed=seed)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as root:
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)

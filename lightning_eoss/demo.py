@@ -105,7 +105,7 @@ def train(
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         # No cut by time: on how many samples FullBS is measured must not depend on how busy the machine is.
-        monitor = SharpnessMonitor(every_n_train_steps=every_n_train_steps, seed=seed)
+        monitor = SharpnessMonitor(every_n_train_steps=every_n_train_steps, max_seconds=3600, seed=seed)
         trainer = _trainer(max_steps=max_steps, callbacks=[monitor], logger=logger)
         trainer.fit(DigitsMLP(learning_rate), DataLoader(digits(), batch_size, shuffle=True))
     return Path(logger.log_dir)
