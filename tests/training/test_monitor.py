@@ -76,9 +76,7 @@ def test_a_monitor_without_its_three_methods_says_so(tmp_path: Path) -> None:
 def test_costs_of_no_quantity_are_refused(tmp_path: Path, costs: dict[str, float]) -> None:
     kind, _ = shown_in_contributing()
     kind.foresee = lambda self, look: Prospect(look.solver.plan, costs, [])
-    with pytest.raises(
-        ValueError, match=r"foresee expects costs of (nothing|lost), and its quantities"
-    ):
+    with pytest.raises(ValueError, match=r"foresee expects costs of (nothing|lost), and its quantities"):
         fit(tmp_path, Regressor(), loader(), kind(every_n_train_steps=1))
 
 
