@@ -29,6 +29,7 @@ from lightning_eoss.training.watch import Picture, Watch, device_time
 _UNPAID = (
     "training ended before {} could be paid for. Raise overhead, or measure at fixed steps with every_n_train_steps."
 )
+_MISSING = "{}.{} is missing: return {} (CONTRIBUTING.md, To add a monitor)."
 _WORDS = {"current": "the current batch", "mini": "MiniBS", "full": "FullBS", "prediction": "predictions"}
 
 
@@ -44,7 +45,7 @@ class Publisher(Callback):
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuses what would be drawn nowhere."""
         super().__init_subclass__(**options)
-        if cls.__module__ != __name__ and not hasattr(cls, "dashboard_categories"):
+        if cls.__module__ != __name__ and isinstance(getattr(cls, "dashboard_categories", ""), str):
             raise TypeError(
                 f"{cls.__name__} has no dashboard_categories, so nobody would see what it measures. Name those of "
                 "display.tags that its scalars fill, as in dashboard_categories = frozenset({tags.WEIGHTS})."
@@ -133,6 +134,11 @@ class Monitor(Publisher):
         evaluating: bool = False,
         seldom: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
+        if not quantities or not all(isinstance(each, str) for each in quantities):
+            raise TypeError(
+                f"{type(self).__name__} measures quantities={quantities!r}, so it would never be time. Name what it "
+                "measures, as in super().__init__('loss', ...)."
+            )
         checks.arguments(batch_size=batch_size, loss_fn=loss_fn, seed=seed, full_batch_samples=full_batch_samples)
         check_schedule(every_n_train_steps, overhead, max_seconds)
         check_operator(operator, outputs_fn)
@@ -161,15 +167,19 @@ class Monitor(Publisher):
 
     def foresee(self, look: Look) -> Prospect:
         """What is going to be measured within `max_seconds`, and what each quantity is expected to cost."""
-        raise NotImplementedError(f"{type(self).__name__}.foresee")
+        raise NotImplementedError(
+            f"{type(self).__name__}.foresee is missing: return a Prospect of plan, costs and notes (CONTRIBUTING)."
+        )
 
     def measure(self, look: Look) -> Any:
         """Measures what is due. None: there is nothing to show."""
-        raise NotImplementedError(f"{type(self).__name__}.measure")
+        raise NotImplementedError(_MISSING.format(type(self).__name__, "measure", "what was measured"))
 
     def show(self, trainer: Any, result: Any) -> tuple[dict[str, float], list[Picture]]:
-        """The scalars of a measurement under their tags, and its pictures."""
-        raise NotImplementedError(f"{type(self).__name__}.show")
+        """The scalars of a measurement and its pictures; in training's own state, so it draws and changes nothing."""
+        raise NotImplementedError(
+            f"{type(self).__name__}.show is missing: return scalars under their tags, and pictures (CONTRIBUTING)."
+        )
 
     def charge(self, result: Any, seconds: float) -> None:
         """Enters what a measurement has cost, its own `seconds` where it has them; several quantities share it out."""

@@ -145,7 +145,7 @@ class Watch:
 
         All that callbacks of this package write goes through here: what a logger does not take is lost, and no more.
         """
-        step = logging_step(trainer)
+        step, values = logging_step(trainer), {tag: float(value) for tag, value in values.items()}
         self.history.append({"step": float(step), **values})
         if len(self.history) > HISTORY:
             self.history[: HISTORY // 2] = self.history[: HISTORY // 2 : 2]

@@ -65,9 +65,18 @@ def test_a_callback_that_is_drawn_nowhere_is_no_class() -> None:
         type("Forgetful", (Monitor,), {"__module__": "somewhere_else"})
 
 
+def test_categories_are_a_set_and_quantities_have_names() -> None:
+    with pytest.raises(TypeError, match="Forgetful has no dashboard_categories"):
+        type("Forgetful", (Monitor,), {"__module__": "somewhere_else", "dashboard_categories": "Weights"})
+    kind = type("Nothing", (Monitor,), {"__module__": "somewhere_else", "dashboard_categories": frozenset()})
+    for quantities in ((), (5,)):
+        with pytest.raises(TypeError, match=r"Nothing measures quantities=.* so it would never be time"):
+            kind(*quantities, every_n_train_steps=5)
+
+
 def test_a_monitor_without_its_three_methods_says_so(tmp_path: Path) -> None:
     half = type("Half", (Monitor,), {"__module__": "somewhere_else", "dashboard_categories": frozenset()})
-    with pytest.raises(NotImplementedError, match=r"foresee"):
+    with pytest.raises(NotImplementedError, match=r"Half.foresee is missing: return a Prospect"):
         fit(tmp_path, Regressor(), loader(), half("nothing", every_n_train_steps=1))
     assert torch.is_grad_enabled()
 
