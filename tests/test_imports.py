@@ -47,7 +47,7 @@ MOST_LINES = {
     "curvature": 1304,
     "measurements": 1031,
     "display": 662,
-    "training": 1353,
+    "training": 1360,
     "metrics": 31,
     "callbacks": 1012,
     "demo": 59,

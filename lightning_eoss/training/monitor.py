@@ -19,6 +19,7 @@ from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn, check_operato
 from lightning_eoss.curvature.objective import Objective
 from lightning_eoss.curvature.preflight import Findings, preflight
 from lightning_eoss.curvature.solver import Plan, Solver
+from lightning_eoss.display import tags
 from lightning_eoss.isolation.isolate import noted_generators
 from lightning_eoss.training import probe
 from lightning_eoss.training.data import TrainingData, check_chosen_batch_size
@@ -45,10 +46,16 @@ class Publisher(Callback):
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuses what would be drawn nowhere."""
         super().__init_subclass__(**options)
-        if cls.__module__ != __name__ and isinstance(getattr(cls, "dashboard_categories", ""), str):
+        named = getattr(cls, "dashboard_categories", "")
+        if cls.__module__ != __name__ and isinstance(named, str):
             raise TypeError(
                 f"{cls.__name__} has no dashboard_categories, so nobody would see what it measures. Name those of "
                 "display.tags that its scalars fill, as in dashboard_categories = frozenset({tags.WEIGHTS})."
+            )
+        if isinstance(named, frozenset | set) and (unknown := sorted(named - tags.CATEGORIES.keys())):
+            raise ValueError(
+                f"{cls.__name__} has dashboard_categories={unknown}, which no chart is in, so nobody would see it. "
+                f"Declare its tags before the class, by display.tags.declare; there are {', '.join(tags.CATEGORIES)}."
             )
 
     @property

@@ -68,6 +68,8 @@ def test_a_callback_that_is_drawn_nowhere_is_no_class() -> None:
 def test_categories_are_a_set_and_quantities_have_names() -> None:
     with pytest.raises(TypeError, match="Forgetful has no dashboard_categories"):
         type("Forgetful", (Monitor,), {"__module__": "somewhere_else", "dashboard_categories": "Weights"})
+    with pytest.raises(ValueError, match=r"Mistyped has dashboard_categories=\['Wieghts'\], which no chart is in"):
+        type("Mistyped", (Monitor,), {"__module__": "somewhere_else", "dashboard_categories": frozenset({"Wieghts"})})
     kind = type("Nothing", (Monitor,), {"__module__": "somewhere_else", "dashboard_categories": frozenset()})
     for quantities in ((), (5,)):
         with pytest.raises(TypeError, match=r"Nothing measures quantities=.* so it would never be time"):
