@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_eoss import checks
 from lightning_eoss.curvature.batches import Batch
 from lightning_eoss.curvature.gauss_newton import Kind, OutputsFn
-from lightning_eoss.curvature.operators import Coordinates
+from lightning_eoss.curvature.operators import PLAIN, Coordinates
 from lightning_eoss.curvature.preflight import Findings
 from lightning_eoss.curvature.seeds import Use
 from lightning_eoss.curvature.solver import Solver, WarmStart
@@ -171,7 +171,7 @@ class SharpnessMonitor(Monitor):
 
     def foresee(self, look: Look) -> Prospect:
         """What was asked for, cut to what is not too dear."""
-        data, solver, (_, scaling) = look.data, look.solver, _coordinates(look)
+        data, solver, (_, coordinates) = look.data, look.solver, _coordinates(look)
         prospect = foreseen(
             replace(solver.plan, rel_error=self.rel_error, num_batches=self.num_batches),
             solver.findings,
@@ -180,7 +180,7 @@ class SharpnessMonitor(Monitor):
             max_seconds=self.max_seconds,
             uniform=data.sampler is None,
             # In units of the limits there is no curve for the current batch.
-            current=(scaling is None or self.raw) and probe.sees_batches(solver.objective.module),
+            current=(coordinates is PLAIN or self.raw) and probe.sees_batches(solver.objective.module),
         )
         if data.sizes:
             _, least, most = data.sizes
@@ -189,7 +189,7 @@ class SharpnessMonitor(Monitor):
 
     def measure(self, look: Look) -> MonitoredSharpness:
         """Each quantity that is due, in units of the limits where they differ between parameters."""
-        data, (limits, scaling) = look.data, _coordinates(look)
+        data, (limits, coordinates) = look.data, _coordinates(look)
         assert self.plan is not None
         if data.sampler is not None:
             size = data.sizes.mean if data.sizes else self.plan.batch_size
@@ -198,16 +198,15 @@ class SharpnessMonitor(Monitor):
         plan = look_of(plan, look.solver.findings, data.source.num_samples, self.agenda)
         solver, raw = replace(look.solver, plan=plan), None
         current = look.batch if "current" in look.due else ()
-        if scaling is not None:
-            if self.raw:
-                raw, current = self._measured(look, solver, current), ()
-            solver = replace(solver, coordinates=scaling)
+        if self.raw and coordinates is not PLAIN:
+            raw, current = self._measured(look, solver, current), ()
+        solver = replace(solver, coordinates=coordinates)
         measurement = self._measured(look, solver, current)
         predicted = None
         if "prediction" in look.due and math.isfinite(measurement.full_batch.value):
             with self.watch.forgiving(first=False):  # what was measured is not lost with it
                 predicted = self.watch.sparing(lambda: self._predicted(solver))
-        return MonitoredSharpness(measurement, raw, predicted, limits, scaling is not None)
+        return MonitoredSharpness(measurement, raw, predicted, limits, coordinates is not PLAIN)
 
     def _measured(self, look: Look, solver: Solver, current: Batch) -> SharpnessMeasurement:
         """A measurement in the solver's coordinates, from where the last one in them ended."""
@@ -311,9 +310,12 @@ class SharpnessMonitor(Monitor):
         self._warm |= {which: WarmStart(**fields) for which, fields in state_dict["warm_start"].items()}
 
 
-def _coordinates(look: Look) -> tuple[StabilityLimits | NoLimits, Coordinates | None]:
-    """The optimizer's limits, and the coordinates in which the top eigenvalue is the edge ratio."""
-    limits = probe.applied_limits(look.trainer)
+def _coordinates(look: Look) -> tuple[StabilityLimits | NoLimits, Coordinates]:
+    """The optimizer's limits, and the coordinates that they ask for: plain ones where one number tells all."""
+    limits, objective = probe.applied_limits(look.trainer), look.solver.objective
     if isinstance(limits, NoLimits):
-        return limits, None
-    return limits, probe.scaling_of(limits, look.solver.objective.parameters, look.solver.like)
+        return limits, PLAIN
+    owned = {id(parameter) for parameter in limits.parameters}
+    if limits.scalar is not None and all(id(parameter) in owned for parameter in objective.parameters):
+        return limits, PLAIN
+    return limits, probe.coordinates_of(limits, objective.parameters, objective.like)

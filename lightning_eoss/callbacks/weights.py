@@ -80,7 +80,7 @@ class WeightDistanceMonitor(Publisher):
         for name, value in {"layer_depth": layer_depth, "seed": seed}.items():
             checks.whole(name, value, 0, "must be at least 0, or left out: nothing would be seen.")
         self.every_n_train_steps = every_n_train_steps
-        self.points_per_decade = points_per_decade
+        self._points_per_decade = points_per_decade
         self.projection = projection
         self.layer_depth = layer_depth
         self.seed = seed
@@ -89,15 +89,20 @@ class WeightDistanceMonitor(Publisher):
         self._kept = 0  # dimension of the sketches of w_0; 0: it is a copy
         self._initial: list[Tensor] = []  # w_0: a copy of each parameter, or a sketch of each layer
         self._last: list[Tensor] = []  # sketches of the weights at the last look, and of the displacement before it
-        self.points: list[list[float]] = []  # t and distance, of all looks: what the laws are fitted to
+        self._points: list[list[float]] = []  # t and distance
         self._begun = 0  # the Trainer's step at w_0
         self._done: int | None = None  # t at the end of an earlier fit; None: `_begun` is right
         self._due = 1  # t of the next look
 
     @property
+    def points(self) -> list[list[float]]:
+        """Steps and distances of all looks, which the laws are fitted to."""
+        return self._points
+
+    @property
     def latest(self) -> DistanceLaws:
         """Both laws as fitted to all looks so far; NaN where it is too early."""
-        return distance_laws(*np.array(self.points, dtype=float).reshape(-1, 2).T)
+        return distance_laws(*np.array(self._points, dtype=float).reshape(-1, 2).T)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses parameters that no process has all of."""
@@ -122,7 +127,7 @@ class WeightDistanceMonitor(Publisher):
             if self._initial:
                 self.watch.say("these are not the parameters of the first fit, so distances start anew.")
             self._shapes = {name: list(each.shape) for name, each in there.items() if each.requires_grad}
-            self._initial, self.points, self._begun, self._due = [], [], trainer.global_step, self._after(0)
+            self._initial, self._points, self._begun, self._due = [], [], trainer.global_step, self._after(0)
             self._keep(pl_module)
         self._done = None
 
@@ -142,7 +147,7 @@ class WeightDistanceMonitor(Publisher):
     def _after(self, t: int) -> int:
         """The next look's t."""
         every = self.every_n_train_steps
-        return next_look(t, self.points_per_decade) if every is None else (t // every + 1) * every
+        return next_look(t, self._points_per_decade) if every is None else (t // every + 1) * every
 
     def _keep(self, pl_module: Any) -> None:
         """Keeps w_0 and says what that takes."""
@@ -187,9 +192,9 @@ class WeightDistanceMonitor(Publisher):
         if displacement:
             values[tags.WEIGHTS_ANGLE] = angle(displacement[0].cpu(), self._last[1].cpu())
         if math.isfinite(distance):
-            self.points.append([t, distance])
-            if len(self.points) > HISTORY:
-                self.points[: HISTORY // 2] = self.points[: HISTORY // 2 : 2]
+            self._points.append([t, distance])
+            if len(self._points) > HISTORY:
+                self._points[: HISTORY // 2] = self._points[: HISTORY // 2 : 2]
         laws = self.latest
         values |= {
             tags.WEIGHTS_LOG_SLOPE: laws.slope,
@@ -201,18 +206,16 @@ class WeightDistanceMonitor(Publisher):
 
     def state_dict(self) -> dict[str, Any]:
         """All that it has seen, and w_0 as it is kept."""
-        return {"history": self.history, **{name: getattr(self, attribute) for name, attribute in _STATE.items()}}
+        return {"history": self.history, **{name: getattr(self, name) for name in _STATE}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the saved monitor stood, from its w_0, in its projection and its layers."""
         self.watch.history, self._done = list(state_dict["history"]), None
-        for name, attribute in _STATE.items():
-            setattr(self, attribute, copy(state_dict[name]))
+        for name in _STATE:
+            setattr(self, name, copy(state_dict[name]))
 
 
-# What checkpoints hold, and the attributes that have it.
-_SAVED = ("seed", "layer_depth", "_shapes", "_kept", "_initial", "_last", "_begun", "_due")
-_STATE = {"_points": "points", **dict(zip(_SAVED, _SAVED, strict=True))}
+_STATE = ("seed", "layer_depth", "_shapes", "_kept", "_initial", "_last", "_points", "_begun", "_due")
 
 
 def _distance(tensor: Tensor, initial: Tensor) -> float:

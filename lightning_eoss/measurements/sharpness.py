@@ -179,7 +179,7 @@ def _measured(
     solver: Solver, warm: WarmStart, batches: Iterator[Batch] | None, *, now: Batch, full: bool, mini: bool
 ) -> tuple[SharpnessMeasurement, WarmStart]:
     """The same by one kind of products, and what there is to be said against them."""
-    began, current, samples = time.perf_counter(), Eigenvalue(), 0.0  # samples that went through products
+    began, current, samples = time.perf_counter(), UNMEASURED, 0.0  # samples that went through products
     if now:
         result, _ = solver.solve_top(solver.operator([now]), warm)
         current = top_eigenvalue(result)

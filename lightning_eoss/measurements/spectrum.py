@@ -99,11 +99,11 @@ def measure_spectra(
 def spectra(solver: Solver, *, steps: int, num_probes: int, augmented_passes: int = 1) -> Spectra:
     """Measures both densities at the module's present parameters; with fewer nodes where memory does not hold them."""
     began, solver = time.perf_counter(), solver.drawing(Use.SPECTRUM)
-    source, plan = solver.objective.source, solver.plan
+    source, plan, once = solver.objective.source, solver.plan, solver.full_batch()
     chunks: Batch = tuple(
         replace(part, weight=part.weight / augmented_passes, seed=derived_seed(part.seed, number))
         for number in range(augmented_passes)
-        for part in solver.full_batch()
+        for part in once
     )
     batch = next(random_batches(source, plan.batch_size, parts=plan.parts, seed=solver.seed(Use.SPECTRUM_BATCH)))
     full, one = (_density(solver, solver.operator([each]), steps, num_probes) for each in (chunks, batch))

@@ -174,9 +174,7 @@ class Monitor(Publisher):
 
     def foresee(self, look: Look) -> Prospect:
         """What is going to be measured within `max_seconds`, and what each quantity is expected to cost."""
-        raise NotImplementedError(
-            f"{type(self).__name__}.foresee is missing: return a Prospect of plan, costs and notes (CONTRIBUTING)."
-        )
+        raise NotImplementedError(_MISSING.format(type(self).__name__, "foresee", "a Prospect: plan, costs and notes"))
 
     def measure(self, look: Look) -> Any:
         """Measures what is due. None: there is nothing to show."""
@@ -184,9 +182,7 @@ class Monitor(Publisher):
 
     def show(self, trainer: Any, result: Any) -> tuple[dict[str, float], list[Picture]]:
         """The scalars of a measurement and its pictures; in training's own state, so it draws and changes nothing."""
-        raise NotImplementedError(
-            f"{type(self).__name__}.show is missing: return scalars under their tags, and pictures (CONTRIBUTING)."
-        )
+        raise NotImplementedError(_MISSING.format(type(self).__name__, "show", "scalars and pictures"))
 
     def charge(self, result: Any, seconds: float) -> None:
         """Enters what a measurement has cost, its own `seconds` where it has them; several quantities share it out."""

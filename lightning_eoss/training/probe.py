@@ -201,15 +201,7 @@ def limits_to_come(trainer: Any) -> bool:
     return isinstance(limits, NoLimits) and limits.passing
 
 
-def scaling_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Tensor) -> Coordinates | None:
-    """The coordinates in which the top eigenvalue is the edge ratio; None where plain ones will do."""
-    owned = {id(parameter) for parameter in limits.parameters}
-    if limits.scalar is not None and all(id(parameter) in owned for parameter in parameters):
-        return None
-    return coordinates_of(limits, parameters, like)
-
-
 def coordinates_of(limits: StabilityLimits, parameters: list[nn.Parameter], like: Tensor) -> Coordinates:
-    """The same coordinates, also where plain ones would do."""
+    """The coordinates in which the top eigenvalue is the edge ratio."""
     owned = {id(p): pair for p, *pair in zip(limits.parameters, limits.limits, limits.weight_decay, strict=True)}
     return Coordinates.of(parameters, owned, like)

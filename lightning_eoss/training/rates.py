@@ -67,8 +67,9 @@ class Overlay:
     @property
     def applied(self) -> list[Any]:
         """The rates of the groups that a step takes, covered just now or not."""
-        factor = self._factor(self.own) if self._handles else 1.0
-        return [rate * factor for rate in self.own]
+        own = self.own
+        factor = self._factor(own) if self._handles else 1.0
+        return [rate * factor for rate in own]
 
     def attach(self, optimizer: Optimizer, *, dry: bool = False) -> None:
         """Covers the rates in each of the optimizer's steps from now on; in a dry run in none."""

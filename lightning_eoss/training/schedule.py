@@ -1,4 +1,4 @@
-"""When to measure: pure functions of a step number or of a clock.
+"""When to measure: pure functions of a step number or of a clock, and the agenda of a monitor that goes by them.
 
 Under a share of wall time all quantities draw on one budget. Among them it is divided by their weights, so cheap
 quantities come often and dear ones seldom; what one cannot use, because training steps are too far apart for it, the
@@ -14,6 +14,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning_eoss import checks
+
+EAGER_SECONDS = 5.0  # what is cheaper than this does not wait, the first time
+WEIGHTS = {"mini": 3.0, "full": 2.0, "prediction": 2.0}  # parts of a share's budget; 1 for all else
+FOREMOST = "mini"  # nothing that can be paid takes its turn before the first one
+# Those of one Trainer that go by a share: the time that all of them may take is one.
+_TOGETHER: WeakKeyDictionary[Any, "list[Agenda]"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,6 @@ def charged(ledger: Ledger, seconds: float) -> Ledger:
     """
     cost = seconds if ledger.count < 2 else (ledger.cost + seconds) / 2
     return Ledger(cost, ledger.count + 1, ledger.spent + seconds)
-
-
-EAGER_SECONDS = 5.0  # what is cheaper than this does not wait, the first time
-WEIGHTS = {"mini": 3.0, "full": 2.0, "prediction": 2.0}  # parts of a share's budget; 1 for all else
-FOREMOST = "mini"  # nothing that can be paid takes its turn before the first one
-# Those of one Trainer that go by a share: the time that all of them may take is one.
-_TOGETHER: WeakKeyDictionary[Any, "list[Agenda]"] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
