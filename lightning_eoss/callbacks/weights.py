@@ -80,7 +80,7 @@ class WeightDistanceMonitor(Publisher):
         for name, value in {"layer_depth": layer_depth, "seed": seed}.items():
             checks.whole(name, value, 0, "must be at least 0, or left out: nothing would be seen.")
         self.every_n_train_steps = every_n_train_steps
-        self._points_per_decade = points_per_decade
+        self.points_per_decade = points_per_decade
         self.projection = projection
         self.layer_depth = layer_depth
         self.seed = seed
@@ -147,7 +147,7 @@ class WeightDistanceMonitor(Publisher):
     def _after(self, t: int) -> int:
         """The next look's t."""
         every = self.every_n_train_steps
-        return next_look(t, self._points_per_decade) if every is None else (t // every + 1) * every
+        return next_look(t, self.points_per_decade) if every is None else (t // every + 1) * every
 
     def _keep(self, pl_module: Any) -> None:
         """Keeps w_0 and says what that takes."""
